@@ -1,0 +1,5 @@
+"""``cylora.Adam.step`` on one vector, no clipping, against NumPy; cylora checks its gradient for NaN as well."""
+
+
+def bench_adam(measure, case, peer):
+    measure("adam", case, peer)

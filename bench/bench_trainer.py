@@ -1,0 +1,5 @@
+"""The whole public ``LoraTrainer.step``, record and history included, against the bare update in NumPy."""
+
+
+def bench_trainer(measure, case, peer):
+    measure("trainer", case, peer)

@@ -1,0 +1,191 @@
+"""The `cylora` command: `cylora train` trains adapters, `cylora info` describes this installation.
+
+Exit codes: 0 all is well; 1 the run failed (the task's own code raised, or a file could not be written); 2 an input is
+wrong; 130 stopped by Ctrl-C, with what was learned saved; 141 nobody reads the output any more. Every failure is one
+line on stderr.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cylora import __version__
+from cylora._cli_info import system_facts
+from cylora._cli_train import train
+from cylora.config import NONFINITE_POLICIES, SCHEDULES, WEIGHT_DECAY_MODES
+from cylora.errors import CyloraError, InputError
+from cylora.tasks.digits import DigitsTask
+from cylora.tasks.protocol import RunFailure
+from cylora.tasks.settings import FIELDS, NONE, Field, Tables
+
+__all__ = ["main"]
+
+HELP = {
+    "task": "what to train: digits, or module:factory of your own (cylora.tasks.protocol shows how)",
+    "seed": "decides every random choice of the run",
+    "eval_every": "steps between two evaluations, 0 for before and after only; none: a twentieth of the run",
+    "learning_rate": "peak learning rate",
+    "weight_decay": "strength of the weight decay",
+    "max_grad_norm": "global norm above which gradients are scaled down; inf: never",
+    "warmup_steps": "steps over which the rate rises from 0",
+    "max_steps": "steps to train",
+    "log_every": "steps between two lines of progress where there is no terminal; 0: none",
+    "beta1": "Adam's decay of the mean of gradients",
+    "beta2": "Adam's decay of the mean of their squares",
+    "eps": "Adam's epsilon, outside the root",
+    "weight_decay_mode": " or ".join(WEIGHT_DECAY_MODES),
+    "schedule": ", ".join(SCHEDULES[:-1]) + f" or {SCHEDULES[-1]}",
+    "min_learning_rate": "where decaying schedules end",
+    "decay_steps": "length of warmup_stable_decay's final decay; none: a tenth of max-steps",
+    "nonfinite": f"what a NaN or infinite gradient does: {' or '.join(NONFINITE_POLICIES)}",
+    "history_limit": "records to keep; none: all",
+    "rank": "rank of the adapters",
+    "alpha": "scaling is alpha / rank",
+    "dropout": "probability that an input of an adapter is dropped in training",
+    "target_modules": "modules that get an adapter, separated by commas",
+    "use_rslora": "scaling is alpha / sqrt(rank)",
+}
+TITLES = {"run": "the run", "training": "training", "lora": "the adapters"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument ([^:]+): ", r"\1 ", message)
+        raise InputError(f"{message} ({self.prog} --help shows what there is)")
+
+
+def _converter(field: Field) -> Callable[[str], Any]:
+    """Return the function that reads an option's text; what the value may be is for the configs to say."""
+
+    def convert(text: str) -> Any:
+        if field.optional and text == NONE:
+            return None
+        if field.kind is tuple:
+            return tuple(part.strip() for part in text.split(","))
+        try:
+            return field.kind(text)
+        except ValueError:
+            kind = "an integer" if field.kind is int else "a number"
+            raise argparse.ArgumentTypeError(
+                f"must be {kind}{f' or {NONE}' if field.optional else ''}, got {text!r}"
+            ) from None
+
+    return convert
+
+
+def _default_text(field: Field) -> str:
+    """Say the default, and where the digits task has its own, that one too."""
+    own = DigitsTask.training_defaults
+    own = own["lora_config"] if field.table == "lora" else own if field.table == "training" else {}
+
+    def text(value: Any) -> str:
+        if value is None:
+            return NONE
+        return ",".join(value) if field.kind is tuple else "no" if value is False else str(value)
+
+    digits = f"; digits: {text(own[field.name])}" if field.name in own else ""
+    return f"(default: {text(field.default)}{digits})"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="cylora", description="Train LoRA adapters on the CPU.", epilog="cylora train --help shows its options."
+    )
+    parser.add_argument("--version", action="version", version=f"cylora {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    train = commands.add_parser(
+        "train",
+        help="train adapters and write them, their history, config and picture into a run folder",
+        description="Train LoRA adapters. Without options: a frozen reader of upright digits learns turned ones.",
+        epilog="Options go before the TOML file, the file before the task's defaults. Ctrl-C stops after the step and "
+        "saves what was learned (exit code 130). Exit code 2: wrong input; 1: the run failed.",
+        usage="cylora train [--task NAME] [--config FILE] [--output DIR] [OPTION ...]",
+        allow_abbrev=False,
+    )
+    train.add_argument("--config", metavar="FILE", type=Path, help="TOML file, as the run folder's config.toml")
+    train.add_argument(
+        "--output", metavar="DIR", type=Path, help="folder to write to, new or empty (default: a new one in ./runs)"
+    )
+    train.add_argument("--quiet", action="store_true", help="print nothing but the folder written to")
+    groups = {table: train.add_argument_group(title) for table, title in TITLES.items()}
+    for field in FIELDS:
+        option: dict[str, Any] = {
+            "dest": f"{field.table}.{field.name}",
+            "default": argparse.SUPPRESS,
+            "help": f"{HELP[field.name]} {_default_text(field)}".replace("%", "%%"),
+        }
+        if field.kind is bool:
+            option["action"] = argparse.BooleanOptionalAction
+        else:
+            option["type"] = _converter(field)
+            option["metavar"] = {int: "N", float: "X", str: "NAME", tuple: "NAMES"}[field.kind]
+        groups[field.table].add_argument(f"--{field.name.replace('_', '-')}", **option)
+    commands.add_parser("info", help="describe this installation", description="Describe this installation.")
+    return parser
+
+
+def _options(arguments: argparse.Namespace) -> Tables:
+    """Return the fields given on the command line, as tables."""
+    tables: Tables = {table: {} for table in TITLES}
+    for name, value in vars(arguments).items():
+        table, dot, field = name.partition(".")
+        if dot:
+            tables[table][field] = value
+    return tables
+
+
+def _info() -> int:
+    facts = system_facts()
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with ``argv`` (default: the process's own) and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
+    try:
+        code = _run(argv)
+        if sys.stdout is not None:  # closed by the caller, as in >&-
+            sys.stdout.flush()
+        return code
+    except RunFailure as error:
+        return _fail(error, 1)
+    except CyloraError as error:
+        return _fail(error, 2)
+    except BrokenPipeError:
+        # Python's own flush at exit would complain about the same pipe again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        arguments, unknown = _parser().parse_known_args(argv)
+    except SystemExit:  # argparse has answered --help or --version; what is wrong, _Parser raises
+        return 0
+    if unknown:  # parse_args would name the command's parent, whose help does not list the command's options
+        shown = f"cylora {arguments.command} --help"
+        raise InputError(f"unrecognized arguments: {' '.join(unknown)} ({shown} shows what there is)")
+    if arguments.command == "info":
+        return _info()
+    return train(_options(arguments), arguments.config, arguments.output, quiet=arguments.quiet)
+
+
+def _fail(error: object, code: int) -> int:
+    with contextlib.suppress(OSError):
+        if sys.stderr is not None:
+            print(f"cylora: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code

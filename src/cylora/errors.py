@@ -1,0 +1,44 @@
+"""The exceptions cylora raises. Each is a CyloraError and also the built-in type a caller would expect."""
+
+__all__ = [
+    "ConfigError",
+    "CyloraError",
+    "FormatError",
+    "InputError",
+    "NonFiniteGradientError",
+    "StateError",
+    "TaskError",
+    "TrainerBusyError",
+]
+
+
+class CyloraError(Exception):
+    """Base of every exception that cylora raises on purpose."""
+
+
+class ConfigError(CyloraError, ValueError):
+    """A field of a configuration breaks its rule."""
+
+
+class InputError(CyloraError, ValueError):
+    """An argument handed to a call (an array, a loss, a weight) breaks its rule. Nothing was written."""
+
+
+class NonFiniteGradientError(InputError):
+    """A gradient is NaN, infinite, or too large for its square to fit float32. Nothing was written."""
+
+
+class TrainerBusyError(CyloraError, RuntimeError):
+    """The trainer is inside a step: another thread's, or the one whose callback made this call."""
+
+
+class StateError(CyloraError, ValueError):
+    """A state does not fit: another adapter than the bound one, or a state dict with wrong content."""
+
+
+class FormatError(CyloraError, ValueError):
+    """A file or text does not parse; the message names the place, the key and the rule."""
+
+
+class TaskError(CyloraError, ValueError):
+    """A training task breaks the task protocol."""

@@ -1,0 +1,127 @@
+"""FlatBuffer: one aligned float32 vector with named, shaped views into it."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cylora import checks
+from cylora.errors import ConfigError, InputError
+
+__all__ = ["FlatBuffer", "FloatArray", "Layout"]
+
+FloatArray = NDArray[np.float32]
+Layout = tuple[tuple[str, tuple[int, ...]], ...]
+
+# A cache line: elsewhere, where NumPy's arrays start, loads straddle lines.
+ALIGNMENT = 64
+# A CPU tells a load from an earlier store by the low 12 bits of their addresses first. Vectors that are walked together
+# and start at the same place in their pages look alike to it, which costs up to a quarter of a step; a quarter page
+# apart they do not. NumPy's large arrays start at the beginning of a page, so phase 0 is the gradients'.
+PAGE = 4096
+PHASED_SIZE = 4096  # elements; below, the detour through the page would cost more memory than it is worth
+MAX_SIZE = 2**60  # elements: more bytes than that NumPy cannot count
+
+
+def _checked(layout: Iterable[tuple[str, tuple[int, ...]]]) -> Layout:
+    try:
+        checked = tuple((name, tuple(checks.integer("a size", n, 0) for n in shape)) for name, shape in layout)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"layout must be (name, shape) pairs with sizes >= 0, got {layout!r} ({error})") from None
+    names = [name for name, _ in checked]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"layout must not repeat a name, got {', '.join(map(str, names))}")
+    return checked
+
+
+def _aligned_zeros(size: int, phase: int) -> FloatArray:
+    period, offset = (PAGE, phase * PAGE // 4) if size >= PHASED_SIZE else (ALIGNMENT, 0)
+    raw = np.zeros(4 * size + period, np.uint8)
+    start = (offset - raw.ctypes.data) % period
+    return raw[start : start + 4 * size].view(np.float32)
+
+
+class FlatBuffer:
+    """A zeroed float32 vector, 64-byte aligned, holding arrays one after the other without gaps.
+
+    Parameters
+    ----------
+    layout : iterable of (name, shape)
+        In memory order. Names are unique.
+    phase : int in 0..3
+        Which quarter of a memory page a large vector starts in: 0 for gradients, 1 parameters, 2 and 3 the moments.
+    over : float32 array (sum of sizes,), C-contiguous, optional
+        Memory to use instead of new zeros.
+
+    Attributes
+    ----------
+    vector : float32 array, shape (sum of sizes,), written through every view
+    layout : tuple of (name, shape)
+
+    Raises
+    ------
+    ConfigError, InputError
+        If the layout or ``over`` breaks its rule.
+    """
+
+    __slots__ = ("_views", "layout", "vector")
+
+    def __init__(
+        self, layout: Iterable[tuple[str, tuple[int, ...]]], *, phase: int = 0, over: FloatArray | None = None
+    ) -> None:
+        self.layout: Layout = _checked(layout)
+        phase = checks.integer("phase", phase, 0, 3)
+        size = sum(math.prod(shape) for _, shape in self.layout)
+        if size > MAX_SIZE:
+            raise ConfigError(f"layout must have at most {MAX_SIZE} elements, got {size}")
+        self.vector: FloatArray = (
+            _aligned_zeros(size, phase) if over is None else checks.vector("over", over, size, InputError)
+        )
+        self._views: dict[str, FloatArray] = {}
+        start = 0
+        for name, shape in self.layout:
+            stop = start + math.prod(shape)
+            self._views[name] = self.vector[start:stop].reshape(shape)
+            start = stop
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle with views into the new vector, not beside it."""
+        return _restored, (self.layout, self.vector.ctypes.data % PAGE * 4 // PAGE, self.vector.copy())
+
+    def __getitem__(self, name: str) -> FloatArray:
+        return self._views[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def part(self, start: int, layout: Iterable[tuple[str, tuple[int, ...]]]) -> "FlatBuffer":
+        """Return a FlatBuffer over this one's memory from element ``start`` on, under another layout."""
+        layout = tuple(layout)
+        size = sum(math.prod(shape) for _, shape in layout)
+        return FlatBuffer(layout, over=self.vector[start : start + size])
+
+    def like(self) -> "FlatBuffer":
+        """Return a zeroed FlatBuffer of the same layout."""
+        new = FlatBuffer(self.layout)
+        new.layout = self.layout  # the same object, so that comparing layouts is one comparison of addresses
+        return new
+
+    def locate(self, index: int) -> tuple[str, tuple[int, ...]]:
+        """Return the name of the array that holds element ``index`` of the vector, and the place in it."""
+        for name, shape in self.layout:
+            size = math.prod(shape)
+            if index < size:
+                return name, tuple(int(i) for i in np.unravel_index(index, shape))
+            index -= size
+        raise IndexError("index is past the end of the buffer")
+
+
+def _restored(layout: Layout, phase: int, values: FloatArray) -> FlatBuffer:
+    buffer = FlatBuffer(layout, phase=phase)
+    buffer.vector[...] = values
+    return buffer

@@ -1,0 +1,353 @@
+"""TrainingStep and TrainingHistory: what each step was, kept in columns.
+
+(a) A row is three float64 (loss, learning rate, gradient norm) and a flag: 25 bytes. The step's index follows from its
+    place and perplexity from the loss, so neither is stored.
+(b) Steps are recorded by the kernel that updates the weights, in the same uninterruptible call, straight into these
+    arrays (`buffers`); `append` does the same from Python.
+"""
+
+import csv
+import json
+import math
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any, NamedTuple, Self, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cylora import checks
+from cylora.errors import ConfigError, FormatError, InputError, StateError
+
+__all__ = ["TrainingHistory", "TrainingStep"]
+
+COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "perplexity", "skipped")
+STORED = ("loss", "learning_rate", "grad_norm", "skipped")
+HF_NAMES = ("step", "loss", "learning_rate", "grad_norm")
+FIRST_CAPACITY = 1024
+
+
+def _perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _json_number(value: float) -> float | str:
+    """Strict JSON has no NaN or infinity: those become the strings "NaN", "Infinity", "-Infinity"."""
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+class TrainingStep(NamedTuple):
+    """What one step was: immutable, and a tuple of its fields.
+
+    Attributes
+    ----------
+    step : int
+        0-based index.
+    loss : float
+        As the caller gave it.
+    learning_rate : float
+        The rate this step used.
+    grad_norm : float
+        Global L2 norm over A and B together, before clipping.
+    perplexity : float
+        exp(loss); ``inf`` where that overflows.
+    skipped : bool
+        True if the gradient was not finite and the step changed nothing.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    perplexity: float
+    skipped: bool = False
+
+    def to_dict(self) -> dict[str, int | float | bool]:
+        """Return the fields by name."""
+        return self._asdict()
+
+    def to_json(self) -> str:
+        """Return one strict JSON object; NaN and infinities are the strings "NaN", "Infinity", "-Infinity"."""
+        return json.dumps({k: _json_number(v) if isinstance(v, float) else v for k, v in self._asdict().items()})
+
+
+class TrainingHistory(Sequence[TrainingStep]):
+    """All steps of a training, oldest first, as a sequence of `TrainingStep`.
+
+    Parameters
+    ----------
+    limit : int >= 1 or None
+        Keep only the last ``limit`` records. Totals (`total_steps`, `average_loss`, `convergence_rate`,
+        `skipped_steps`) are over all steps all the same.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = None if limit is None else checks.integer("limit (if not None)", limit, 1)
+        self._count: NDArray[np.int64] = np.zeros(1, np.int64)
+        self._sums: NDArray[np.float64] = np.zeros(3)  # losses, skipped steps, first loss
+        self._rows: NDArray[np.float64] = np.zeros((0, 3))
+        self._flags: NDArray[np.uint8] = np.zeros(0, np.uint8)
+        self._allocate(FIRST_CAPACITY if limit is None else min(FIRST_CAPACITY, limit))
+
+    # ------------------------------------------------------------------ writing
+
+    def _allocate(self, capacity: int) -> None:
+        """Move to arrays of ``capacity`` rows."""
+        rows: NDArray[np.float64] = np.zeros((capacity, 3))
+        flags: NDArray[np.uint8] = np.zeros(capacity, np.uint8)
+        kept = len(self)
+        if kept:
+            order = self._order()
+            slots = np.arange(self.total_steps - kept, self.total_steps) % capacity
+            rows[slots], flags[slots] = self._rows[order], self._flags[order]
+        self._rows, self._flags = rows, flags
+
+    def make_room(self, known: int = 0) -> bool:
+        """Grow if the rows are used up and the limit allows; return whether `buffers` has other than ``known`` rows."""
+        capacity = len(self._flags)
+        if self.total_steps >= capacity and capacity != self.limit:
+            self._allocate(2 * capacity if self.limit is None else min(2 * capacity, self.limit))
+        return len(self._flags) != known
+
+    def buffers(self) -> tuple[NDArray[Any], ...]:
+        """Return the live arrays (rows, flags, sums, count) for a kernel that records into them."""
+        return self._rows, self._flags, self._sums, self._count
+
+    def append(self, *, loss: float, learning_rate: float, grad_norm: float, skipped: bool = False) -> TrainingStep:
+        """Record one step and return it; its index is the number of steps before it."""
+        named = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
+        row, flag = [checks.real(name, value, error=InputError) for name, value in named.items()], bool(skipped)
+        self.make_room()
+        slot = self.total_steps % len(self._flags)
+        self._rows[slot], self._flags[slot] = row, flag
+        if self.total_steps == 0:
+            self._sums[2] = row[0]
+        self._sums[:2] += row[0], flag
+        self._count += 1
+        return self[-1]
+
+    # ------------------------------------------------------------------ totals
+
+    @property
+    def total_steps(self) -> int:
+        """Steps ever recorded, whatever the limit dropped."""
+        return int(self._count[0])
+
+    def skipped_steps(self) -> int:
+        """Return the number of steps ever recorded that changed nothing, their gradient not being finite."""
+        return int(self._sums[1])
+
+    def average_loss(self) -> float:
+        """Mean of all losses in float64; 0.0 with none."""
+        return float(self._sums[0]) / self.total_steps if self.total_steps else 0.0
+
+    def convergence_rate(self) -> float | None:
+        """(first loss - last loss) / first loss; None with fewer than two steps or a first loss of zero."""
+        first = float(self._sums[2])
+        if self.total_steps < 2 or first == 0:
+            return None
+        return (first - self[-1].loss) / first
+
+    def last_step(self) -> TrainingStep | None:
+        """Return the newest record, or None."""
+        return self[-1] if len(self) else None
+
+    # ------------------------------------------------------------------ reading
+
+    def __len__(self) -> int:
+        return self.total_steps if self.limit is None else min(self.total_steps, self.limit)
+
+    def _order(self) -> NDArray[np.int64]:
+        """Slots of the kept records, oldest first."""
+        first = self.total_steps - len(self)
+        return (first + np.arange(len(self), dtype=np.int64)) % len(self._flags)
+
+    @overload
+    def __getitem__(self, index: int) -> TrainingStep: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TrainingStep]: ...
+    def __getitem__(self, index: int | slice) -> TrainingStep | list[TrainingStep]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index, kept = operator.index(index), len(self)
+        place = index + kept if index < 0 else index
+        if not 0 <= place < kept:
+            raise IndexError(f"history index {index} is out of range: {kept} steps are kept")
+        step = self.total_steps - kept + place
+        slot = step % len(self._flags)
+        loss, rate, norm = self._rows[slot].tolist()
+        return TrainingStep(step, loss, rate, norm, _perplexity(loss), bool(self._flags[slot]))
+
+    def __iter__(self) -> Iterator[TrainingStep]:
+        return (self[i] for i in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TrainingHistory):
+            return NotImplemented
+        mine, theirs = self.state_dict(), other.state_dict()
+        same_limit = mine.pop("limit") == theirs.pop("limit")
+        return same_limit and all(np.array_equal(mine[key], theirs[key], equal_nan=True) for key in mine)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle as of now, apart from a trainer that goes on writing into this one."""
+        return type(self).from_state_dict, (self.state_dict(),)
+
+    def __repr__(self) -> str:
+        return f"TrainingHistory({self.total_steps} steps, {len(self)} kept, average loss {self.average_loss():.6g})"
+
+    def column(self, name: str) -> NDArray[Any]:
+        """Return one field of all kept steps, oldest first, as a read-only array.
+
+        Names: "step" (int64), "loss", "learning_rate", "grad_norm", "perplexity" (float64), "skipped" (bool). Without a
+        limit, loss, learning_rate and grad_norm share the history's memory; what they show never changes.
+        """
+        if name not in COLUMNS:
+            raise ConfigError(f"column must be one of {', '.join(map(repr, COLUMNS))}, got {name!r}")
+        kept = slice(0, len(self)) if self.limit is None else self._order()
+        values: NDArray[Any]
+        if name == "step":
+            values = np.arange(self.total_steps - len(self), self.total_steps, dtype=np.int64)
+        elif name == "skipped":
+            values = self._flags[kept].astype(np.bool_)
+        elif name == "perplexity":
+            values = np.array([_perplexity(loss) for loss in self._rows[kept, 0].tolist()])
+        else:
+            values = self._rows[kept, STORED.index(name)]
+        values.flags.writeable = False
+        return values
+
+    # ------------------------------------------------------------------ hand-over
+
+    def to_dicts(self, names: str = "cylora") -> list[dict[str, int | float | bool]]:
+        """Return a dict for each kept step.
+
+        ``names="hf"`` gives the rows of Hugging Face's ``Trainer.state.log_history``: step (counted from 1, as its
+        ``global_step``), loss, learning_rate, grad_norm.
+        """
+        if names == "cylora":
+            return [step.to_dict() for step in self]
+        if names != "hf":
+            raise ConfigError(f"names must be 'cylora' or 'hf', got {names!r}")
+        return [dict(zip(HF_NAMES, (s.step + 1, s.loss, s.learning_rate, s.grad_norm), strict=True)) for s in self]
+
+    def write_jsonl(self, stream: IO[str]) -> None:
+        """Write one JSON object a line for each kept step."""
+        stream.writelines(step.to_json() + "\n" for step in self)
+
+    def write_csv(self, stream: IO[str]) -> None:
+        """Write a header and one row for each kept step (open the file with ``newline=""``)."""
+        rows = csv.writer(stream)
+        rows.writerow(COLUMNS)
+        rows.writerows((*step[:5], int(step.skipped)) for step in self)
+
+    @classmethod
+    def read_jsonl(cls, stream: IO[str], limit: int | None = None) -> Self:
+        """Read what `write_jsonl` wrote, blank lines aside. Anything wrong is a FormatError with its line.
+
+        Totals are made from the rows, so what a limited history wrote after it dropped steps is refused.
+        """
+        history = cls(limit)
+        for number, line in _lines(stream):
+            if line.strip():
+                try:
+                    row = json.loads(line, object_pairs_hook=_object)
+                except (ValueError, RecursionError) as error:
+                    raise FormatError(f"line {number} must be a JSON object, got {line[:40]!r} ({error})") from None
+                if not isinstance(row, dict):
+                    raise FormatError(f"line {number} must be a JSON object, got {line[:40]!r}")
+                history._append_row(f"line {number}", row)
+        return history
+
+    @classmethod
+    def read_csv(cls, stream: IO[str], limit: int | None = None) -> Self:
+        """Read what `write_csv` wrote. Anything wrong is a FormatError with its line; limits as for `read_jsonl`."""
+        history = cls(limit)
+        rows = csv.DictReader(line for _, line in _lines(stream))
+        try:
+            if tuple(rows.fieldnames or ()) != COLUMNS:
+                raise FormatError(f"line 1 must be the header {','.join(COLUMNS)}, got {rows.fieldnames!r}")
+            for row in rows:
+                history._append_row(f"line {rows.line_num}", row)
+        except csv.Error as error:
+            raise FormatError(f"line {max(rows.line_num, 1)} must be CSV ({error})") from None
+        return history
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain numbers and arrays (copies), for `from_state_dict`."""
+        return {
+            "limit": self.limit,
+            "total_steps": self.total_steps,
+            "loss_sum": float(self._sums[0]),
+            "skipped_steps": self.skipped_steps(),
+            "first_loss": float(self._sums[2]),
+            **{name: self.column(name).copy() for name in STORED},
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
+        """Return the history that made ``state``. A state that does not hold together is a StateError."""
+        keys = ("limit", "total_steps", "loss_sum", "skipped_steps", "first_loss", *STORED)
+        limit, total, loss_sum, skipped, first_loss, *columns = checks.items("history", state, keys, StateError)
+        limit = None if limit is None else checks.integer("history limit", limit, 1, error=StateError)
+        history = cls(limit)
+        total = checks.integer("history total_steps", total, 0, error=StateError)
+        skipped = checks.integer("history skipped_steps", skipped, 0, total, StateError)
+        loss_sum = checks.real("history loss_sum", loss_sum, error=StateError)
+        first_loss = checks.real("history first_loss", first_loss, error=StateError)
+        kept = total if limit is None else min(total, limit)
+        for name, values in zip(STORED, columns, strict=True):
+            dtype = np.bool_ if name == "skipped" else np.float64
+            checks.array(f"history {name}", values, dtype, (kept,), StateError)
+        history._count[0] = total
+        history._allocate(max(kept, FIRST_CAPACITY if history.limit is None else 1))
+        slots = history._order()
+        history._rows[slots], history._flags[slots] = np.transpose(columns[:3]), columns[3]
+        history._sums[:] = loss_sum, skipped, first_loss
+        return history
+
+    def _append_row(self, place: str, row: Mapping[str, Any]) -> None:
+        """Append one parsed row; its step must be the next one."""
+        if set(row) != set(COLUMNS):
+            raise FormatError(f"{place} must have the keys {', '.join(COLUMNS)}, got {', '.join(map(str, row))}")
+        step, skipped = _parse(place, "step", row["step"], int), _parse(place, "skipped", row["skipped"], int)
+        if skipped not in (0, 1):
+            raise FormatError(f"{place}: skipped must be true or false, got {row['skipped']!r}")
+        if step != self.total_steps:
+            raise FormatError(f"{place}: step must be {self.total_steps} (0, then one more a row), got {step}")
+        loss, rate, norm, _ = (_parse(place, name, row[name], float) for name in COLUMNS[1:5])
+        self.append(loss=loss, learning_rate=rate, grad_norm=norm, skipped=bool(skipped))
+
+
+def _lines(stream: IO[str]) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        for number, line in enumerate(stream, 1):
+            yield number, line
+    except UnicodeDecodeError as error:
+        raise FormatError(f"line {number + 1} or one soon after must be text ({error})") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        raise ValueError("a key is repeated")
+    return row
+
+
+def _parse(place: str, name: str, value: Any, kind: type[int] | type[float]) -> Any:
+    try:
+        if (kind is int and isinstance(value, float)) or (name != "skipped" and isinstance(value, bool)):
+            raise TypeError
+        if isinstance(value, str) and "_" in value:  # float("1_0") is 10
+            raise ValueError
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        what = "an integer" if kind is int else "a number"
+        raise FormatError(f"{place}: {name} must be {what}, got {value!r}") from None

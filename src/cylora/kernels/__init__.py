@@ -1,0 +1,7 @@
+"""The compiled part: loops in C, dispatched by instruction set. Only `cylora.optimizer` imports this."""
+
+from cylora.kernels.adam import PreparedAdam
+from cylora.kernels.arrays import clip, norm
+from cylora.kernels.dispatch import isa, variants
+
+__all__ = ["PreparedAdam", "clip", "isa", "norm", "variants"]

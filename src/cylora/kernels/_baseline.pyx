@@ -1,0 +1,2 @@
+"""The loops for every CPU of the architecture."""
+include "_loops.pxi"

@@ -1,0 +1,97 @@
+"""Norm and clipping over a sequence of arrays, as one call that nothing can interrupt halfway."""
+
+from cpython.buffer cimport PyBuffer_Release, Py_buffer
+from libc.stdint cimport uint64_t
+from libc.stdlib cimport free, malloc, qsort
+from cylora.kernels._fpenv cimport fp_enter, fp_leave
+from cylora.kernels._loops cimport NormState
+from cylora.kernels.buffers cimport acquire
+from cylora.kernels.dispatch cimport loops
+
+from cylora.errors import InputError
+
+
+cdef int _by_address(const void* a, const void* b) noexcept nogil:
+    cdef size_t x = <size_t> (<const Py_buffer*> a).buf, y = <size_t> (<const Py_buffer*> b).buf
+    return (x > y) - (x < y)
+
+
+cdef class _Borrowed:
+    """The memory of several float32 arrays, held until this object goes."""
+
+    cdef Py_buffer* views
+    cdef Py_ssize_t count
+
+    def __cinit__(self, arrays, bint writable):
+        cdef Py_ssize_t i, expected = len(arrays)
+        self.views = <Py_buffer*> malloc(max(expected, 1) * sizeof(Py_buffer))
+        if self.views == NULL:
+            raise MemoryError()
+        for i in range(expected):
+            acquire(arrays[i], &self.views[i], f"grads[{i}]", -1, -1, writable)
+            self.count = i + 1
+
+    def __dealloc__(self):
+        cdef Py_ssize_t i
+        for i in range(self.count):
+            PyBuffer_Release(&self.views[i])
+        free(self.views)
+
+    cdef double norm(self) noexcept nogil:
+        cdef NormState state
+        cdef Py_ssize_t i
+        loops.norm_begin(&state)
+        for i in range(self.count):
+            loops.norm_add(&state, <const float*> self.views[i].buf, self.views[i].len // 4)
+        return loops.norm_finish(&state)
+
+    cdef bint has_overlap(self) except -1:
+        cdef Py_buffer* sorted_views = <Py_buffer*> malloc(max(self.count, 1) * sizeof(Py_buffer))
+        cdef Py_ssize_t i, used = 0
+        cdef bint found = False
+        if sorted_views == NULL:
+            raise MemoryError()
+        for i in range(self.count):
+            if self.views[i].len > 0:
+                sorted_views[used] = self.views[i]
+                used += 1
+        qsort(sorted_views, used, sizeof(Py_buffer), _by_address)
+        for i in range(1, used):
+            if <char*> sorted_views[i - 1].buf + sorted_views[i - 1].len > <char*> sorted_views[i].buf:
+                found = True
+        free(sorted_views)
+        return found
+
+
+def norm(list arrays not None):
+    """Return the L2 norm over all arrays together: float64 sums, so NaN or infinite only if an element is."""
+    cdef _Borrowed borrowed = _Borrowed(arrays, False)
+    cdef double result
+    cdef uint64_t fp
+    with nogil:
+        fp = fp_enter()
+        result = borrowed.norm()
+        fp_leave(fp)
+    return result
+
+
+def clip(list arrays not None, double max_norm):
+    """Scale the arrays in place so that their joint norm is at most ``max_norm``; return the norm before.
+
+    A norm that is not finite is returned with nothing written: the caller decides what to say.
+    """
+    cdef _Borrowed borrowed = _Borrowed(arrays, True)
+    cdef double result, factor
+    cdef Py_ssize_t i
+    cdef uint64_t fp
+    if borrowed.has_overlap():
+        raise InputError("grads must not overlap in memory, got two arrays that share elements")
+    with nogil:
+        fp = fp_enter()
+        result = borrowed.norm()
+        factor = loops.clip_scale(result, max_norm)
+        if factor != 1.0 and result - result == 0.0:
+            for i in range(borrowed.count):
+                loops.scale(<float*> borrowed.views[i].buf, borrowed.views[i].len // 4, factor)
+        fp_leave(fp)
+    return result

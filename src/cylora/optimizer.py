@@ -1,0 +1,265 @@
+"""Adam over one flat vector, and global-norm clipping: the numerics, over the compiled kernels."""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from cylora import checks
+from cylora.config import MAX_LEARNING_RATE, LoraTrainingConfig
+from cylora.errors import InputError, NonFiniteGradientError, StateError
+from cylora.flat import FlatBuffer, FloatArray, Layout
+from cylora.kernels import PreparedAdam, clip, isa, norm, variants
+
+__all__ = ["MAX_GRADIENT", "Adam", "AdamState", "check_rate", "clip_grad_norm_", "grad_norm", "isa", "variants"]
+
+# Above this, the square of a gradient (the second moment) overflows float32. Clipping at or below it makes any one fit.
+MAX_GRADIENT = 2.0**63
+
+
+def _flat_arrays(grads: Any) -> list[Any]:
+    vector = getattr(grads, "vector", None)
+    if isinstance(vector, np.ndarray):
+        return [vector]
+    if isinstance(grads, np.ndarray) or not isinstance(grads, Sequence):
+        raise InputError(f"grads must be a sequence of arrays or a Gradients, got {type(grads).__name__}")
+    return list(grads)
+
+
+def grad_norm(grads: Any) -> float:
+    """Return the global L2 norm over all gradients together.
+
+    Parameters
+    ----------
+    grads : sequence of float32 arrays, C-contiguous, any shape; or a Gradients
+        Read only.
+
+    Returns
+    -------
+    float
+        Accumulated in float64 over fixed lanes and blocks of the concatenated index space, so it does not depend on how
+        the elements are cut into arrays. NaN or infinite only if an element is; 0.0 for no elements.
+
+    Raises
+    ------
+    InputError
+        If an array is not float32, C-contiguous and aligned.
+    """
+    return norm(_flat_arrays(grads))
+
+
+def clip_grad_norm_(grads: Any, max_norm: float) -> float:
+    """Scale gradients in place so that their global L2 norm is at most ``max_norm``.
+
+    Parameters
+    ----------
+    grads : sequence of float32 arrays, C-contiguous, any shape, written; or a Gradients
+    max_norm : float > 0
+        ``inf`` leaves the gradients alone. A norm equal to ``max_norm`` does not clip.
+
+    Returns
+    -------
+    float
+        The norm before clipping, accumulated in float64.
+
+    Raises
+    ------
+    NonFiniteGradientError
+        If the norm is not finite. Nothing is written.
+    InputError
+        If an array is not float32, C-contiguous, aligned and writable, or two overlap. Nothing is written.
+
+    References
+    ----------
+    Pascanu, Mikolov & Bengio 2013 (arXiv:1211.5063), section 3.2; the scale is max_norm / norm, not
+    max_norm / (norm + 1e-6) as in PyTorch.
+    """
+    limit = checks.norm_limit("max_norm", max_norm, InputError)
+    before = clip(_flat_arrays(grads), limit)
+    if not math.isfinite(before):
+        raise NonFiniteGradientError(f"the norm of grads must be finite, got {before}")
+    return before
+
+
+def check_rate(rate: Any) -> float:
+    """Return a learning rate as a float; InputError if it is not a number in [0, 1e6]."""
+    return checks.real("learning rate", rate, "a number in [0, 1e6]", lambda x: 0 <= x <= MAX_LEARNING_RATE, InputError)
+
+
+class AdamState(NamedTuple):
+    """What an `Adam` continues from: both moments, the number of steps done, and the layout of its parameters."""
+
+    layout: Layout
+    m: FloatArray
+    v: FloatArray
+    t: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, lists and copies of the arrays."""
+        layout = [[name, list(shape)] for name, shape in self.layout]
+        return {"layout": layout, "m": self.m.copy(), "v": self.v.copy(), "t": self.t}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Self:
+        """Return the state that made ``state``, or raise StateError."""
+        pairs, m, v, t = checks.items("adam", state, ("layout", "m", "v", "t"), StateError)
+        try:
+            layout = tuple((str(name), tuple(int(size) for size in shape)) for name, shape in pairs)
+        except (TypeError, ValueError):
+            raise StateError(f"adam layout must be a list of [name, shape], got {pairs!r}") from None
+        size = sum(math.prod(shape) for _, shape in layout)
+        m = checks.array("adam m", m, np.float32, (size,), StateError, finite=True).copy()
+        v = checks.array("adam v", v, np.float32, (size,), StateError, finite=True).copy()
+        if (v < 0).any():
+            raise StateError(f"adam v must be >= 0, got {v.min()}")
+        return cls(layout, m, v, checks.integer("adam t", t, 1, error=StateError))
+
+
+class Adam(PreparedAdam):
+    """Adam or AdamW over one flat float32 vector, with clipping by global norm.
+
+    For t = 1, 2, ... and the clipped gradient g::
+
+        decoupled:  p -= rate * weight_decay * p                (AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101)
+        l2:         g += weight_decay * p
+        m += (1 - beta1) * (g - m);   v += (1 - beta2) * (g * g - v)
+        p -= rate / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)    (Kingma & Ba 2015, arXiv:1412.6980)
+
+    in float32, every scalar derived in float64 and rounded once. The clipped gradient is never written.
+
+    Parameters
+    ----------
+    parameters : FlatBuffer, or float32 array (n,), C-contiguous, writable
+        Updated in place. Keep no second writer on it during a step.
+    learning_rate, beta1, beta2, eps, weight_decay, weight_decay_mode, max_grad_norm
+        As in `LoraTrainingConfig`; here nothing decays and nothing is clipped by default.
+
+    Attributes
+    ----------
+    m, v : float32 array (n,), read-only
+        First and second raw moments, not bias-corrected.
+    t : int
+        Steps done.
+
+    Raises
+    ------
+    ConfigError
+        If a setting breaks its rule.
+    InputError
+        If ``parameters`` does.
+    """
+
+    def __init__(
+        self,
+        parameters: FlatBuffer | FloatArray,
+        *,
+        learning_rate: float = 3e-4,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        weight_decay_mode: str = "decoupled",
+        max_grad_norm: float = math.inf,
+    ) -> None:
+        config = LoraTrainingConfig(
+            learning_rate=learning_rate,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            weight_decay_mode=weight_decay_mode,
+            max_grad_norm=max_grad_norm,
+        )
+        flat = parameters
+        if not isinstance(flat, FlatBuffer):
+            size = flat.size if isinstance(flat, np.ndarray) else -1
+            vector = checks.vector("parameters", flat, size, InputError)
+            flat = FlatBuffer([("parameters", vector.shape)], over=vector)
+        if flat.vector.size == 0:
+            raise InputError("parameters must not be empty, got 0 elements")
+        self._prepare(flat, config)
+
+    def _prepare(self, flat: FlatBuffer, config: LoraTrainingConfig, state: AdamState | None = None) -> None:
+        self._flat, self._config = flat, config
+        size = flat.vector.size
+        moments = FlatBuffer([("m", (size,))], phase=2).vector, FlatBuffer([("v", (size,))], phase=3).vector
+        if state is not None:
+            moments[0][...], moments[1][...] = state.m, state.v
+        shapes = [shape for _, shape in flat.layout]
+        is_pair = len(shapes) == 2 and all(len(shape) == 2 for shape in shapes)
+        (rows_a, columns_a), (rows_b, columns_b) = shapes if is_pair else ((-1, -1), (-1, -1))
+        super().__init__(
+            flat.vector,
+            *moments,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            l2=config.weight_decay_mode == "l2",
+            max_grad_norm=config.max_grad_norm,
+            norm_limit=sys.float_info.max if config.max_grad_norm <= MAX_GRADIENT else MAX_GRADIENT,
+            t=0 if state is None else state.t,
+            shape_a=(rows_a, columns_a),
+            shape_b=(rows_b, columns_b),
+        )
+        self.m, self.v = moments[0].view(), moments[1].view()
+        self.m.flags.writeable = self.v.flags.writeable = False
+
+    @classmethod
+    def for_training(cls, flat: FlatBuffer, config: LoraTrainingConfig, state: AdamState | None = None) -> Self:
+        """Return a trainer's optimizer, which may continue from ``state``."""
+        adam = cls.__new__(cls)
+        adam._prepare(flat, config, state)
+        return adam
+
+    def step(self, gradient: Any, learning_rate: float | None = None) -> float:
+        """Do one step and return the gradient's norm before clipping.
+
+        Parameters
+        ----------
+        gradient : float32 array (n,), or (if made from an adapter's FlatBuffer) anything with such a ``vector``
+            Read only. Must not overlap the parameters.
+        learning_rate : float in [0, 1e6], optional
+            For this step; default the one given at creation.
+
+        Raises
+        ------
+        NonFiniteGradientError, InputError, TrainerBusyError
+            Nothing was written.
+        """
+        rate = self._config.learning_rate if learning_rate is None else check_rate(learning_rate)
+        return self.apply(getattr(gradient, "vector", gradient), rate)
+
+    # What the kernel asks when something is out of the ordinary.
+
+    def refuse(self, norm: float) -> None:
+        """Raise for a gradient that must not be applied, or return to have the step counted as skipped."""
+        if self._config.nonfinite == "raise":
+            raise self.refusal(norm)
+
+    def to_loss(self, loss: Any) -> float:
+        """Return what the caller gave as a loss as a float."""
+        return checks.real("loss", loss, error=InputError)
+
+    def to_rate(self, rate: Any) -> float:
+        """Return what the schedule gave as a float."""
+        return check_rate(rate)
+
+    def state(self) -> AdamState:
+        """Return what this optimizer would continue from: views of the live moments."""
+        return AdamState(self._flat.layout, self.m, self.v, self.t)
+
+    def refusal(self, norm: float) -> NonFiniteGradientError:
+        """Return the error for a gradient of this ``norm``, naming the matrix and the element."""
+        if math.isfinite(norm):
+            return NonFiniteGradientError(
+                f"the gradient's norm must be at most 2^63 so that its square fits float32, got {norm:.9g}; "
+                "max_grad_norm below that would clip it"
+            )
+        if self.nonfinite_index < 0:
+            return NonFiniteGradientError(f"the gradient's norm must be finite, got {norm}")
+        name, place = self._flat.locate(self.nonfinite_index)
+        where = ", ".join(map(str, place))
+        return NonFiniteGradientError(f"gradient of {name} must be finite, got {self.nonfinite_value} at [{where}]")

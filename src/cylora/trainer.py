@@ -1,0 +1,306 @@
+"""LoraTrainer: one call for each step, which happens wholly or not at all."""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, TypeVar
+
+from cylora import checks, schedule
+from cylora.accumulation import MAX_WEIGHT, MIN_WEIGHT, Accumulation
+from cylora.adapter import AdapterSet, Gradients, LoraAdapter
+from cylora.config import LoraTrainingConfig
+from cylora.errors import ConfigError, InputError, StateError, TrainerBusyError
+from cylora.history import TrainingHistory, TrainingStep
+from cylora.optimizer import Adam, AdamState, check_rate
+
+__all__ = ["LoraTrainer"]
+
+STATE_VERSION = 1
+NO_MICRO_BATCH = "at least one accumulated micro-batch, got none"
+_Result = TypeVar("_Result")
+logger = logging.getLogger("cylora")
+
+
+class LoraTrainer:
+    """Train one LoraAdapter, or all of an AdapterSet, from losses and gradients the caller computes.
+
+    A step clips the gradients by their global norm over all A and B together, updates the parameters in place with Adam
+    at the scheduled rate, and records itself. After a step that raises, parameters, moments, counters and history are
+    byte for byte what they were.
+
+    Parameters
+    ----------
+    config : LoraTrainingConfig, optional
+    on_step : callable, optional
+        Called with the TrainingStep after every ``config.log_every`` steps. It may read the trainer, not step it. What
+        it raises reaches the caller of `step`; the step itself is done by then.
+
+    Notes
+    -----
+    The trainer belongs to the adapters of its first step that succeeds. One thread steps it at a time: a second one
+    gets a TrainerBusyError. Several trainers run in parallel, since a step releases the GIL while it computes.
+    """
+
+    def __init__(
+        self, config: LoraTrainingConfig | None = None, *, on_step: Callable[[TrainingStep], object] | None = None
+    ) -> None:
+        if config is not None and not isinstance(config, LoraTrainingConfig):
+            raise ConfigError(f"config must be a LoraTrainingConfig, got {type(config).__name__}")
+        if on_step is not None and not callable(on_step):
+            raise ConfigError(f"on_step must be callable or None, got {type(on_step).__name__}")
+        self.config = LoraTrainingConfig() if config is None else config
+        self._rate = schedule.from_config(self.config)
+        self._on_step = on_step
+        self._log_every = self.config.log_every
+        self._history = TrainingHistory(self.config.history_limit)
+        self._adapters: LoraAdapter | AdapterSet | None = None
+        self._adam: Adam | None = None
+        self._restored: AdamState | None = None  # loaded before the first step, until then
+        self._bound_at: tuple[int, int] | None = None  # steps and micro-batches there were when the adapters came
+        self._accumulation = Accumulation()
+        self._binding = threading.RLock()  # a signal handler may ask for the state while this thread holds it
+        self._calling_back = False
+
+    # ------------------------------------------------------------------ stepping
+
+    def step(
+        self, loss: float, adapter: LoraAdapter | AdapterSet, grad_a: Any, grad_b: Any = None
+    ) -> TrainingStep:
+        """Do one step and return its record.
+
+        Parameters
+        ----------
+        loss : float
+            Recorded; NaN and infinities too.
+        adapter : LoraAdapter or AdapterSet
+            Updated in place.
+        grad_a : float32 buffer (rank, d_in), C-contiguous; or a Gradients of the layout of ``adapter``
+            dL/dA, read only. Also taken flat, as a vector.
+        grad_b : float32 buffer (d_out, rank), C-contiguous; omitted with a Gradients
+            dL/dB, read only.
+
+        Raises
+        ------
+        NonFiniteGradientError
+            If a gradient is not finite and ``config.nonfinite`` is "raise". The message names matrix and element.
+        InputError, StateError, TrainerBusyError
+            If an argument is wrong, the adapter is not the trainer's, or a step is under way.
+        """
+        if adapter is not self._adapters or adapter is None or self._calling_back:
+            self._ready(adapter)
+        if grad_b is None:
+            grad_a = self._vector_of(grad_a)
+        record: TrainingStep = self._adam.run_step(loss, grad_a, grad_b)  # type: ignore[union-attr]
+        if self._log_every and (record[0] + 1) % self._log_every == 0:
+            self._report(record)
+        return record
+
+    def accumulate(
+        self,
+        loss: float,
+        adapter: LoraAdapter | AdapterSet,
+        grad_a: Any,
+        grad_b: Any = None,
+        *,
+        weight: float = 1.0,
+    ) -> None:
+        """Add one micro-batch to the step that `step_accumulated` will do. Arguments and errors as for `step`.
+
+        That step uses the mean of the gradients and of the losses, weighted by ``weight`` (in [1e-30, 1e30]; the number
+        of tokens, say). A micro-batch that raises has added nothing.
+        """
+        weight = checks.real("weight", weight, "in [1e-30, 1e30]", lambda x: MIN_WEIGHT <= x <= MAX_WEIGHT, InputError)
+        adam = self._ready(adapter)
+        if grad_b is None:
+            grad_a = self._vector_of(grad_a)
+        with self._binding:  # two threads must not make a buffer each
+            buffer = self._accumulation.buffer(adapter.flat.vector.size)
+        adam.accumulate(buffer, loss, grad_a, grad_b, weight)
+
+    def step_accumulated(self, adapter: LoraAdapter | AdapterSet | None = None) -> TrainingStep:
+        """Do one step with the weighted mean of the micro-batches since the last one, and return its record.
+
+        ``adapter`` is needed only where the micro-batches came with a loaded state and this trainer has no adapter yet.
+        """
+        adapter = self._adapters if adapter is None else adapter
+        if adapter is None:
+            needed = "the adapter, since nothing has bound this trainer to one yet"
+            raise StateError(f"step_accumulated needs {needed if self.accumulated else NO_MICRO_BATCH}")
+        adam = self._ready(adapter)
+        record: TrainingStep = adam.run_step(None, self._accumulation.gradient, None, True)
+        if self._log_every and (record[0] + 1) % self._log_every == 0:
+            self._report(record)
+        return record
+
+    def discard_accumulated(self) -> None:
+        """Forget the accumulated micro-batches."""
+        self._while_idle(self._accumulation.discard)
+
+    @property
+    def accumulated(self) -> int:
+        """Micro-batches waiting for `step_accumulated`."""
+        return self._accumulation.count
+
+    def _report(self, record: TrainingStep) -> None:
+        logger.info(
+            "step %d: loss %.6g, learning rate %.3g, gradient norm %.4g%s",
+            record.step, record.loss, record.learning_rate, record.grad_norm, ", skipped" if record.skipped else "",
+        )  # fmt: skip
+        if self._on_step is not None:
+            self._calling_back = True
+            try:
+                self._on_step(record)
+            finally:
+                self._calling_back = False
+
+    # ------------------------------------------------------------------ binding
+
+    def _ready(self, adapter: LoraAdapter | AdapterSet | None) -> Adam:
+        """Check that this adapter may be stepped now, bind to it if it is the first, and return its optimizer."""
+        if self._calling_back:
+            raise TrainerBusyError("this trainer is busy: on_step may read it, but not step it")
+        if not isinstance(adapter, (LoraAdapter, AdapterSet)):
+            raise InputError(f"adapter must be a LoraAdapter or an AdapterSet, got {type(adapter).__name__}")
+        with self._binding:
+            if self._adam is None:
+                self._bind(adapter)
+            elif adapter is not self._adapters and self._progress() == self._bound_at:
+                self._adam.exclusively(lambda: self._bind(adapter))  # every step of the first one was refused
+            if adapter is not self._adapters:
+                raise StateError(f"adapter must be the one of the first step, {self._adapters!r}, got {adapter!r}")
+            return self._adam  # type: ignore[return-value]
+
+    def _bind(self, adapter: LoraAdapter | AdapterSet) -> None:
+        state = self._restored if self._adam is None else self._adam.state()
+        if state is not None and state.t == 0:
+            state = None
+        if state is not None and state.layout != adapter.flat.layout:
+            raise StateError(f"adapter must have the layout of the loaded state, {state.layout}, got {adapter!r}")
+        gradient = self._accumulation.gradient
+        if gradient is not None and gradient.size != adapter.flat.vector.size:
+            raise StateError(f"adapter must have the {gradient.size} parameters of the loaded state, got {adapter!r}")
+        adam = self._optimizer(adapter, self._history, self._accumulation, state)
+        replaced, progress = self._adam, self._progress()
+        self._adam, self._adapters, self._restored, self._bound_at = adam, adapter, None, progress
+        if replaced is not None:
+            replaced.retire()
+
+    def _progress(self) -> tuple[int, int]:
+        return self.total_steps(), self.accumulated
+
+    def _optimizer(
+        self,
+        adapter: LoraAdapter | AdapterSet,
+        history: TrainingHistory,
+        accumulation: Accumulation,
+        state: AdamState | None,
+    ) -> Adam:
+        adam = Adam.for_training(adapter.flat, self.config, state)
+        adam.attach(self._rate, schedule.steady_from(self.config), TrainingStep, history)
+        adam.attach_pending(*accumulation.buffers())
+        return adam
+
+    def _vector_of(self, gradients: Any) -> Any:
+        """Return the flat vector of a Gradients of the bound layout; anything else is for the kernel to judge."""
+        if not isinstance(gradients, Gradients):
+            return gradients
+        layout = self._adapters.flat.layout  # type: ignore[union-attr]
+        if gradients.layout is not layout and gradients.layout != layout:
+            raise InputError(f"grad_a must be a Gradients made for {self._adapters!r}, got one of another layout")
+        return gradients.vector
+
+    def _while_idle(self, function: Callable[[], _Result]) -> _Result:
+        """Call ``function`` while no step is under way, and let none begin meanwhile."""
+        with self._binding:
+            result: _Result = function() if self._adam is None else self._adam.exclusively(function)
+            return result
+
+    # ------------------------------------------------------------------ what happened so far
+
+    @property
+    def training_history(self) -> TrainingHistory:
+        """The records of all steps."""
+        return self._history
+
+    def current_lr(self) -> float:
+        """Return the rate the next step will use."""
+        return check_rate(self._rate(self.total_steps()))
+
+    def total_steps(self) -> int:
+        """Return the number of steps done, skipped ones included."""
+        return self._history.total_steps
+
+    def skipped_steps(self) -> int:
+        """Return the number of steps that changed nothing because their gradient was not finite."""
+        return self._history.skipped_steps()
+
+    def is_complete(self) -> bool:
+        """Return whether ``config.max_steps`` steps are done. More are allowed."""
+        return self.total_steps() >= self.config.max_steps
+
+    def average_loss(self) -> float:
+        """Return the mean of all losses; 0.0 with none."""
+        return self._history.average_loss()
+
+    def last_step(self) -> TrainingStep | None:
+        """Return the newest record, or None."""
+        return self._history.last_step()
+
+    def convergence_rate(self) -> float | None:
+        """Return (first loss - last loss) / first loss; None with fewer than two steps or a first loss of zero."""
+        return self._history.convergence_rate()
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything but the parameters and the config, as plain numbers and arrays (copies).
+
+        Loaded into a trainer of the same config, with the same parameters, it continues to the same bits. ``adam`` is
+        None while no step has been applied, ``accumulated`` while no micro-batch is pending.
+        """
+        return self._while_idle(self._state_dict)
+
+    def _state_dict(self) -> dict[str, Any]:
+        state = self._restored if self._adam is None else self._adam.state()
+        return {
+            "version": STATE_VERSION,
+            "adam": None if state is None or state.t == 0 else state.to_dict(),
+            "history": self._history.state_dict(),
+            "accumulated": self._accumulation.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned. On an error nothing has changed."""
+        if self._calling_back:
+            raise TrainerBusyError("this trainer is busy: on_step may read it, but not change it")
+        self._while_idle(lambda: self._load(state))
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        keys = ("version", "adam", "history", "accumulated")
+        version, adam_dict, history_dict, accumulated = checks.items("state", state, keys, StateError)
+        if version != STATE_VERSION:
+            raise StateError(f"state version must be {STATE_VERSION}, got {version!r}")
+        history = TrainingHistory.from_state_dict(history_dict)
+        if history.limit != self.config.history_limit:
+            raise StateError(f"history limit must be {self.config.history_limit}, as configured, got {history.limit}")
+        restored = None if adam_dict is None else AdamState.from_dict(adam_dict)
+        if restored is not None and restored.t > history.total_steps:
+            raise StateError(f"adam t must be at most the {history.total_steps} steps of the history, got {restored.t}")
+        if restored is not None and self._adapters is not None and restored.layout != self._adapters.flat.layout:
+            raise StateError(f"adam layout must be that of {self._adapters!r}, got {restored.layout}")
+        size = None if restored is None else restored.m.size
+        if self._adapters is not None:
+            size = self._adapters.flat.vector.size
+        accumulation = Accumulation.from_state_dict(accumulated, size)
+        adam = None
+        if self._adapters is not None:
+            adam = self._optimizer(self._adapters, history, accumulation, restored)
+            restored = None
+        replaced, self._bound_at = self._adam, None
+        # Nothing can interrupt from here on: CPython lets signals and threads in at calls and backward jumps only.
+        self._history, self._accumulation, self._adam, self._restored = history, accumulation, adam, restored
+        if replaced is not None:
+            replaced.retire()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a LoraTrainer is not copied or pickled: load its state_dict() into a new one")

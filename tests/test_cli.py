@@ -1,0 +1,744 @@
+"""The `cylora` command as its user meets it: what it prints, what it writes, and its exit codes."""
+
+import builtins
+import errno
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load
+
+import cylora
+from cylora import LoraTrainingConfig, _cli_info, _cli_train, cli, optimizer
+from cylora.formats import durable
+from cylora.tasks.digits import DigitsTask
+from cylora.tasks.settings import FIELDS
+
+FILES = ["adapter.safetensors", "config.toml", "history.jsonl", "measures.jsonl", "picture.png"]
+COMMAND = [sys.executable, "-c", "import sys; from cylora.cli import main; sys.exit(main())"]
+# Where the package under test is imported from, for the processes that tests start elsewhere.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(cylora.__file__).parent.parent), "OPENBLAS_NUM_THREADS": "1"}
+
+USERS_TASK = """
+import os, signal, sys
+import numpy as np
+from cylora import AdapterSet
+
+class Task:
+    def __init__(self, lora_config, seed):
+        self.adapters = AdapterSet({"linear": (8, 4)}, lora_config, seed=seed)
+
+    def loss_and_gradients(self, step, gradients):
+        gradients.vector[:] = self.adapters.flat.vector
+        return float(np.square(self.adapters.flat.vector).sum())
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in an empty folder; forget what a task of the user's left in sys.path and sys.modules."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield tmp_path  # type: ignore[misc]
+    sys.modules.pop("mine", None)
+
+
+@pytest.fixture
+def task(folder: Path) -> Callable[[str], None]:
+    """Return a function that adds to the user's task module, mine.py; without a call it holds a good task."""
+    (folder / "mine.py").write_text(USERS_TASK)
+
+    def add(source: str) -> None:
+        (folder / "mine.py").write_text(f"{USERS_TASK}\n{source}")
+
+    return add
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """Return a function that runs the command here and returns its exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> SimpleNamespace:
+        capfd.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return run
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "__pycache__" not in path.parts)
+
+
+# ---------------------------------------------------------------------- the main job
+
+
+def test_train_without_options_recovers_the_turned_digits(folder: Path) -> None:
+    done = subprocess.run(
+        [*COMMAND, "train"], check=False, capture_output=True, text=True, env=ENVIRONMENT, cwd=folder, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    (made,) = (folder / "runs").iterdir()
+    assert re.fullmatch(r"digits-\d{8}-\d{6}", made.name)
+    assert contents(made) == FILES
+
+    upright, turned = (
+        [float(value) for value in re.search(rf"^{name} accuracy +(\S+) +(\S+)$", done.stdout, re.M).groups()]  # type: ignore[union-attr]
+        for name in ("upright", "turned")
+    )
+    assert turned[0] < 0.25
+    assert turned[1] >= upright[0] - 0.02
+    assert re.search(r"^trained +4,688 of 30,810 parameters \(15.2 %\)$", done.stdout, re.M)
+    assert re.search(r"^speed +[\d,]+ steps per second, [\d.]+ % of the time in cylora's step$", done.stdout, re.M)
+    assert f"written  runs/{made.name}: adapter.safetensors, history.jsonl, config.toml, measures" in done.stdout
+    lines = done.stderr.splitlines()
+    assert len(lines) == 20
+    assert all(re.fullmatch(r"step \d+/1000, loss \S+, rate \S+, grad norm \S+", line) for line in lines)
+
+    history = [json.loads(line) for line in (made / "history.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in history] == list(range(1000))
+    measures = [json.loads(line) for line in (made / "measures.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in measures] == list(range(0, 1001, 50))
+    assert measures[-1]["turned accuracy"] == pytest.approx(turned[1], abs=1e-4)
+    assert (made / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+    # The saved adapters are the ones that were measured.
+    task = DigitsTask(LoraTrainingConfig.from_dict(DigitsTask.training_defaults).lora_config, 0)
+    for name, tensor in load((made / "adapter.safetensors").read_bytes()).items():
+        layer, field = name.split(".")
+        getattr(task.adapters[layer], field)[:] = tensor
+    assert task.evaluate()["turned accuracy"] == pytest.approx(measures[-1]["turned accuracy"])
+
+
+def test_written_config_repeats_the_run_to_the_bit(run: Callable[..., SimpleNamespace], folder: Path) -> None:
+    assert run("train", "--output", "one", "--max-steps", 20, "--rank", 3, "--dropout", 0.1, "--seed", 4).code == 0
+    assert run("train", "--output", "two", "--config", "one/config.toml", "--decay-steps", "none").code == 0
+    for name in ("adapter.safetensors", "history.jsonl", "config.toml", "measures.jsonl"):
+        assert (folder / "one" / name).read_bytes() == (folder / "two" / name).read_bytes(), name
+    document = tomllib.loads((folder / "one" / "config.toml").read_text())
+    assert sorted((table, key) for table in document for key in document[table]) == sorted(
+        (field.table, field.name) for field in FIELDS
+    )
+    assert document["run"] == {"task": "digits", "seed": 4, "eval_every": 1}
+    assert document["training"]["max_steps"] == 20
+    assert document["lora"]["rank"] == 3
+
+
+OPTIONS = {
+    "task": ("mine:Task", "mine:Task"),
+    "seed": ("7", 7),
+    "eval_every": ("3", 3),
+    "learning_rate": ("0.5", 0.5),
+    "weight_decay": ("0.25", 0.25),
+    "max_grad_norm": ("inf", float("inf")),
+    "warmup_steps": ("1", 1),
+    "max_steps": ("2", 2),
+    "log_every": ("0", 0),
+    "beta1": ("0.5", 0.5),
+    "beta2": ("0.75", 0.75),
+    "eps": ("1e-6", 1e-6),
+    "weight_decay_mode": ("l2", "l2"),
+    "schedule": ("warmup_stable_decay", "warmup_stable_decay"),
+    "min_learning_rate": ("1e-5", 1e-5),
+    "decay_steps": ("1", 1),
+    "nonfinite": ("skip", "skip"),
+    "history_limit": ("5", 5),
+    "rank": ("2", 2),
+    "alpha": ("3", 3.0),
+    "dropout": ("0.125", 0.125),
+    "target_modules": ("a, b", ["a", "b"]),
+}
+
+
+def test_every_field_has_an_option(
+    run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None]
+) -> None:
+    assert [*OPTIONS, "use_rslora"] == [field.name for field in FIELDS]
+    assert list(cli.HELP) == [field.name for field in FIELDS]
+    flags = [part for name, (text, _) in OPTIONS.items() for part in (f"--{name.replace('_', '-')}", text)]
+    assert run("train", *flags, "--use-rslora", "--output", "out").code == 0
+    document = tomllib.loads((folder / "out" / "config.toml").read_text())
+    written = {key: value for table in document.values() for key, value in table.items()}
+    assert written == {name: value for name, (_, value) in OPTIONS.items()} | {"use_rslora": True}
+
+
+def test_options_go_before_the_file_and_the_file_before_the_task(
+    run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None]
+) -> None:
+    task("Task.training_defaults = {'max_steps': 1, 'beta1': 0.1, 'decay_steps': 9, 'lora_config': {'rank': 1}}")
+    (folder / "a.toml").write_text(
+        '[run]\ntask = "mine:Task"\n[training]\nmax_steps = 2\nbeta1 = 0.2\ndecay_steps = "none"\n'
+    )
+    assert run("train", "--config", "a.toml", "--max-steps", 3, "--output", "out").code == 0
+    document = tomllib.loads((folder / "out" / "config.toml").read_text())
+    assert document["training"]["max_steps"] == 3
+    assert document["training"]["beta1"] == 0.2
+    assert document["training"]["decay_steps"] == "none"
+    assert document["lora"]["rank"] == 1
+    assert contents(folder / "out") == [name for name in FILES if name != "measures.jsonl"]  # it does not evaluate
+
+
+def test_task_is_found_in_the_users_folder_by_the_installed_command(folder: Path, task: Callable[[str], None]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", *COMMAND[1:], "train", "--task", "mine:Task", "--max-steps", "2", "--quiet"],
+        check=False, capture_output=True, text=True, env=ENVIRONMENT, cwd=folder, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"runs/mine-Task-\d{8}-\d{6}\n", done.stdout)
+
+
+def test_summary_of_a_task_that_says_little(run: Callable[..., SimpleNamespace], task: Callable[[str], None]) -> None:
+    done = run("train", "--task", "mine:Task", "--max-steps", 2)
+    assert done.out.startswith("mine:Task, seed 0: 2 steps\n\ntrained  96 parameters\nspeed ")
+    assert "accuracy" not in done.out
+
+
+def test_no_steps_are_a_run_too(run: Callable[..., SimpleNamespace], folder: Path) -> None:
+    done = run("train", "--max-steps", 0, "--output", "out")
+    assert done.code == 0
+    assert done.out.startswith("digits, seed 0: 0 steps\n")
+    assert "speed" not in done.out
+    assert contents(folder / "out") == FILES
+
+
+def test_quiet_prints_the_folder_and_nothing_else(
+    run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None]
+) -> None:
+    (folder / "out").mkdir()  # an empty folder is as good as a new one
+    done = run("train", "--task", "mine:Task", "--max-steps", 2, "--quiet", "--output", "out")
+    assert (done.code, done.out, done.err) == (0, "out\n", "")
+
+
+def test_folders_of_one_second_are_told_apart(
+    run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cli_train.time, "strftime", lambda form: "20260101-120000")
+    outs = [run("train", "--task", "mine:Task", "--max-steps", 1, "--quiet").out for _ in range(3)]
+    assert outs == [f"runs/mine-Task-20260101-120000{number}\n" for number in ("", "-2", "-3")]
+
+
+def test_large_and_small_measures_stay_readable(
+    run: Callable[..., SimpleNamespace], task: Callable[[str], None]
+) -> None:
+    task("Task.evaluate = lambda self: {'a': 1e9, 'b': 1e-7, 'c': 0.0, 'd': -12.5}")
+    done = run("train", "--task", "mine:Task", "--max-steps", 1)
+    rows = [line.split() for line in done.out.splitlines()[3:7]]
+    assert rows == [["a", *["1e+09"] * 2], ["b", *["1e-07"] * 2], ["c", *["0.0000"] * 2], ["d", *["-12.5000"] * 2]]
+
+
+# ---------------------------------------------------------------------- wrong inputs
+
+WRONG = [
+    ([], "the following arguments are required: COMMAND (cylora --help shows what there is)"),
+    (["trian"], "COMMAND invalid choice: 'trian'"),
+    (["info", "now"], "unrecognized arguments: now (cylora info --help shows what there is)"),
+    (["train", "--rnk", "8"], "unrecognized arguments: --rnk 8 (cylora train --help shows what there is)"),
+    (["train", "--ran", "8"], "unrecognized arguments: --ran 8"),
+    (["train", "extra"], "unrecognized arguments: extra"),
+    (["train", "--max-steps"], "--max-steps expected one argument"),
+    (["train", "--rank", "x"], "--rank must be an integer, got 'x'"),
+    (["train", "--rank", "1.5"], "--rank must be an integer, got '1.5'"),
+    (["train", "--alpha", "x"], "--alpha must be a number, got 'x'"),
+    (["train", "--decay-steps", "nil"], "--decay-steps must be an integer or none, got 'nil'"),
+    (["train", "--rank", "0"], "rank must be an integer >= 1, got 0"),
+    (["train", "--rank", "none"], "--rank must be an integer, got 'none'"),
+    (["train", "--rank", "200"], "rank must be at most 128, the digits network's width, got 200"),
+    (["train", "--alpha", "-1"], "alpha must be finite and > 0, got -1.0"),
+    (["train", "--dropout", "1"], "dropout must be in [0, 1), got 1.0"),
+    (["train", "--target-modules", "q_proj"], "target_modules must be layers of the digits network"),
+    (["train", "--target-modules", ""], "target_modules must be a non-empty sequence of non-empty names"),
+    (["train", "--target-modules", "output,output"], "target_modules must not repeat a name"),
+    (["train", "--learning-rate", "-1"], "learning_rate must be in [0, 1e6], got -1.0"),
+    (["train", "--learning-rate", "nan"], "learning_rate must be in [0, 1e6], got nan"),
+    (["train", "--weight-decay", "inf"], "weight_decay must be "),
+    (["train", "--max-grad-norm", "0"], "max_grad_norm must be > 0"),
+    (["train", "--warmup-steps", "-1"], "warmup_steps must be an integer >= 0, got -1"),
+    (["train", "--max-steps", "-1"], "max_steps must be an integer >= 0, got -1"),
+    (["train", "--beta1", "1"], "beta1 must be in [0, 1), got 1.0"),
+    (["train", "--eps", "0"], "eps must be finite and >= 1e-30, got 0.0"),
+    (["train", "--schedule", "foo"], "schedule must be one of 'constant', 'linear', 'cosine'"),
+    (["train", "--weight-decay-mode", "foo"], "weight_decay_mode must be one of 'decoupled', 'l2', got 'foo'"),
+    (["train", "--nonfinite", "foo"], "nonfinite must be one of 'raise', 'skip', got 'foo'"),
+    (["train", "--history-limit", "0"], "history_limit must be an integer >= 1, got 0"),
+    (["train", "--seed", "-1"], "seed must be an integer in [0, 4294967295], got -1"),
+    (["train", "--eval-every", "-1"], "eval_every must be an integer >= 0, got -1"),
+    (["train", "--task", "nope"], "task must be 'digits' or 'module:factory', got 'nope'"),
+    (["train", "--task", "nope:f"], "task 'nope:f': module 'nope' cannot be imported: ModuleNotFoundError"),
+    (["train", "--task", "mine:nope"], "task 'mine:nope': module 'mine' has no 'nope'"),
+    (["train", "--task", "mine:np"], "task 'mine:np': 'np' must be callable, got module"),
+    (["train", "--task", "mine:list"], "task 'mine:list': module 'mine' has no 'list'"),
+    (["train", "--config", "nope.toml"], "--config nope.toml cannot be read: No such file or directory"),
+    (["train", "--config", "full"], "--config full cannot be read: Is a directory"),
+    (["train", "--config", "a\0b"], "--config a\0b cannot be read: embedded null byte"),
+    (["train", "--config", "mine.py"], "mine.py must be a TOML file: "),
+    (["train", "--config", "table.toml"], "table.toml: unknown key 'optimizer'; the tables are run, training, lora"),
+    (["train", "--config", "key.toml"], "key.toml: unknown key 'rnk' in [lora]; its keys are rank, alpha,"),
+    (["train", "--config", "value.toml"], "value.toml: rank must be an integer, got '8'"),
+    (["train", "--output", "full"], "--output full must be a new or empty folder, got one with files in it"),
+    (["train", "--output", "mine.py"], "--output mine.py must be a new or empty folder, got a file"),
+    (["train", "--output", "mine.py/x"], "--output mine.py/x cannot be used: Not a directory"),
+    (["train", "--output", "broken"], "--output broken must be a new or empty folder, got a broken link"),
+    (["train", "--output", "a\0b"], "--output a\0b cannot be used: "),
+    (["train", "--output", "x" * 300], "cannot be used: File name too long"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[" ".join(arguments)[:40] for arguments, _ in WRONG])
+def test_wrong_input_is_one_line_and_exit_code_2(
+    run: Callable[..., SimpleNamespace],
+    folder: Path,
+    task: Callable[[str], None],
+    arguments: list[str],
+    message: str,
+) -> None:
+    (folder / "full").mkdir()
+    (folder / "full" / "kept").write_text("kept")
+    (folder / "broken").symlink_to("nowhere")
+    (folder / "table.toml").write_text("[optimizer]\n")
+    (folder / "key.toml").write_text("[lora]\nrnk = 8\n")
+    (folder / "value.toml").write_text('[lora]\nrank = "8"\n')
+    before = contents(folder)
+    done = run(*arguments)
+    assert done.code == 2
+    assert done.out == ""
+    assert done.err.startswith("cylora: error: ")
+    assert message in done.err
+    assert done.err.count("\n") == 1
+    assert "Traceback" not in done.err
+    assert contents(folder) == before
+
+
+def test_wrong_input_to_the_process_is_one_line_too(folder: Path) -> None:
+    done = subprocess.run(
+        [*COMMAND, "train", "--rank", "0"], check=False, capture_output=True, text=True, env=ENVIRONMENT, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "cylora: error: rank must be an integer >= 1, got 0\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("Task.loss_and_gradients = 3", "loss_and_gradients must be a method, got int"),
+        ("Task.loss_and_gradients = lambda self, step, gradients: None", "must return a number at step 0, got None"),
+        ("Task.evaluate = lambda self: 3", "evaluate must return a mapping of names to numbers, got int"),
+        ("Task.total_parameters = 3", "total_parameters must count the 96 of the adapters too, got 3"),
+        ("Task = lambda lora_config, seed: None", "adapters must be an AdapterSet, got NoneType"),
+        ("Task.training_defaults = {'beta1': 7}", "task 'mine:Task': training_defaults: beta1 must be in [0, 1)"),
+        ("Task.training_defaults = {'x': 7}", "task 'mine:Task': training_defaults has unknown key 'x'"),
+        ("1 / 0", "module 'mine' cannot be imported: ZeroDivisionError: division by zero ("),
+    ],
+)
+def test_task_that_breaks_the_protocol_is_exit_code_2_and_leaves_nothing(
+    run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None], source: str, message: str
+) -> None:
+    task(source)
+    done = run("train", "--task", "mine:Task", "--output", "new/out")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("cylora: error: task 'mine:Task': ")
+    assert message in done.err
+    assert done.err.count("\n") == 1
+    assert contents(folder) == ["mine.py"]
+
+
+@pytest.mark.parametrize("module", ["tqdm", "matplotlib", "tomli_w"])
+def test_missing_extra_is_said_before_training_and_spares_info(
+    run: Callable[..., SimpleNamespace], folder: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    done = run("train")
+    assert done.code == 2
+    assert done.err.count("\n") == 1
+    assert "cylora train needs more packages" in done.err
+    assert module in done.err
+    assert done.err.endswith("pip install 'cylora[train]'\n")
+    assert contents(folder) == []
+    assert run("info").code == 0
+
+
+def test_folder_that_is_not_writable_is_refused(
+    run: Callable[..., SimpleNamespace], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "out").mkdir()
+    monkeypatch.setattr(_cli_train.os, "access", lambda path, mode: False)  # root may write anywhere
+    done = run("train", "--output", "out")
+    assert done.code == 2
+    assert done.err == "cylora: error: --output out must be writable, got a folder that is not\n"
+
+
+# ---------------------------------------------------------------------- failures while it runs
+
+FAILS_AT_3 = """
+good = Task.loss_and_gradients
+def loss_and_gradients(self, step, gradients):
+    if step == 3:
+        {}
+    return good(self, step, gradients)
+Task.loss_and_gradients = loss_and_gradients
+Task.evaluate = lambda self: {{"size": 1.0}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "message"),
+    [
+        (
+            "raise ValueError('no more data')",
+            1,
+            r"task 'mine:Task' failed in loss_and_gradients at step 3: ValueError: no more data \(.*mine.py:\d+\)",
+        ),
+        ("sys.exit(9)", 1, r"failed in loss_and_gradients at step 3: SystemExit: 9 \(.*mine.py:\d+\)"),
+        (
+            "gradients.vector[5] = np.nan; return 1.0",
+            1,
+            "task 'mine:Task' cannot be trained on from step 3: gradient of linear.A must be finite, got nan",
+        ),
+        ("return 'x'", 2, "task 'mine:Task': loss_and_gradients must return a number at step 3, got 'x'"),
+    ],
+    ids=["raises", "exits", "NaN gradient", "breaks the protocol"],
+)
+def test_what_was_learned_before_a_failure_is_saved(
+    run: Callable[..., SimpleNamespace],
+    folder: Path,
+    task: Callable[[str], None],
+    failure: str,
+    code: int,
+    message: str,
+) -> None:
+    task(FAILS_AT_3.format(failure))
+    done = run("train", "--task", "mine:Task", "--output", "out", "--max-steps", 8, "--eval-every", 2)
+    assert done.code == code
+    assert re.fullmatch(f"cylora: error: .*{message}.*\n", done.err), done.err
+    assert "3 steps of 8, stopped early" in done.out
+    assert "at step 2" in done.out
+    assert contents(folder / "out") == FILES
+    assert len((folder / "out" / "history.jsonl").read_text().splitlines()) == 3
+
+
+def test_failure_before_the_first_step_leaves_nothing(
+    run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None]
+) -> None:
+    task("Task.evaluate = lambda self: 1 / 0")
+    done = run("train", "--task", "mine:Task")
+    assert (done.code, done.out) == (1, "")
+    assert "task 'mine:Task' failed in evaluate: ZeroDivisionError: division by zero (" in done.err
+    assert contents(folder) == ["mine.py"]
+
+
+def test_failure_of_the_last_evaluation_loses_nothing(
+    run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None]
+) -> None:
+    task("calls = []\nTask.evaluate = lambda self: calls.append(1) or {'one': 1 / (2 - len(calls))}")
+    done = run("train", "--task", "mine:Task", "--output", "out", "--max-steps", 2, "--eval-every", 0)
+    assert done.code == 1
+    assert "failed in evaluate: ZeroDivisionError" in done.err
+    assert contents(folder / "out") == FILES
+
+
+def test_file_that_cannot_be_written_does_not_keep_the_others_from_it(
+    run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_file = durable.replace_file
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "history.jsonl":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace_file(path, content)
+
+    monkeypatch.setattr(_cli_train, "replace_file", full)
+    done = run("train", "--task", "mine:Task", "--output", "out", "--max-steps", 2, "--log-every", 0)
+    assert done.code == 1
+    assert done.err == "cylora: error: out/history.jsonl was not written: No space left on device\n"
+    assert contents(folder / "out") == ["adapter.safetensors", "config.toml", "picture.png"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None]
+) -> None:
+    task(FAILS_AT_3.format("self.adapters.flat.vector[0] = np.inf; raise ValueError"))
+    done = run("train", "--task", "mine:Task", "--output", "out", "--max-steps", 8)
+    assert done.code == 1
+    assert "adapter.safetensors" not in contents(folder / "out")
+    assert "history.jsonl" in contents(folder / "out")
+
+
+def test_full_disk_under_stdout_is_one_line(
+    run: Callable[..., SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*values: object, file: Any = None, **options: object) -> None:
+        if file is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real_print(*values, file=file, **options)  # type: ignore[call-overload]
+
+    real_print = print
+    monkeypatch.setattr(builtins, "print", full)
+    done = run("info")
+    assert (done.code, done.err) == (1, "cylora: error: [Errno 28] No space left on device\n")
+
+
+# ---------------------------------------------------------------------- Ctrl-C
+
+INTERRUPTS_ITSELF = FAILS_AT_3.format("os.kill(os.getpid(), signal.SIGINT)")
+
+
+def test_ctrl_c_stops_after_the_step_and_saves(
+    run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None]
+) -> None:
+    task(INTERRUPTS_ITSELF)
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        done = run("train", "--task", "mine:Task", "--output", "out", "--max-steps", 8)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done.code == 130
+    assert "stopping after this step and saving; Ctrl-C again aborts" in done.err
+    assert "4 steps of 8, stopped early" in done.out
+    assert contents(folder / "out") == FILES
+    assert len((folder / "out" / "history.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("when", ["the task", "a second Ctrl-C"])
+def test_ctrl_c_that_aborts_is_one_line_and_130(
+    run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None], when: str
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupt = "os.kill(os.getpid(), signal.SIGINT)"
+    if when == "the task":
+        task(f"Task = lambda lora_config, seed: {interrupt}")  # while the task is made there is nothing to save
+    else:
+        task(FAILS_AT_3.format(f"{interrupt}; {interrupt}"))
+    try:
+        done = run("train", "--task", "mine:Task", "--output", "out", "--log-every", 0)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (done.code, done.out) == (130, "")
+    assert done.err.endswith("cylora: error: interrupted\n")
+    assert not (folder / "out" / "adapter.safetensors").exists()
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored(
+    run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None]
+) -> None:
+    task(INTERRUPTS_ITSELF)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        done = run("train", "--task", "mine:Task", "--output", "out", "--max-steps", 8)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done.code == 0
+    assert "8 steps\n" in done.out
+
+
+def test_command_runs_in_another_thread(
+    run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None]
+) -> None:
+    done: list[SimpleNamespace] = []
+    thread = threading.Thread(
+        target=lambda: done.append(run("train", "--task", "mine:Task", "--output", "out", "--max-steps", 2))
+    )
+    thread.start()
+    thread.join()
+    assert done[0].code == 0
+
+
+def test_sigint_to_a_real_process_saves_what_was_learned(folder: Path, task: Callable[[str], None]) -> None:
+    # What started the tests may ignore SIGINT, and a child inherits that.
+    listening = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {COMMAND[2]}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", listening, "train", "--max-steps", "1000000", "--eval-every", "0", "--output", "out"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert process.stderr is not None
+    line = process.stderr.readline()  # the first progress: fifty steps are done
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert line.startswith("step 50/1000000, ")
+    assert process.returncode == 130
+    assert "stopping after this step and saving" in err
+    assert "Traceback" not in err
+    assert "steps of 1,000,000, stopped early" in out
+    assert contents(folder / "out") == FILES
+    steps = len((folder / "out" / "history.jsonl").read_text().splitlines())
+    assert 50 <= steps < 1_000_000
+    assert len(load((folder / "out" / "adapter.safetensors").read_bytes())) == 6
+
+
+# ---------------------------------------------------------------------- terminals and pipes
+
+
+def in_terminal(arguments: list[str], environment: dict[str, str], columns: int = 100) -> str:
+    """Run the command with its stderr on a terminal and return what that shows."""
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=end, stdin=subprocess.DEVNULL, env=environment
+    )
+    os.close(end)
+    shown = b""
+    while True:
+        try:
+            part = os.read(terminal, 65536)
+        except OSError:  # Linux reports the closed other end as EIO
+            break
+        if not part:
+            break
+        shown += part
+    os.close(terminal)
+    assert process.wait(timeout=60) == 0
+    return shown.decode()
+
+
+@pytest.mark.parametrize("columns", [100, 0])
+def test_terminal_shows_a_bar_with_loss_rate_and_norm(folder: Path, columns: int) -> None:
+    environment = {key: value for key, value in ENVIRONMENT.items() if key != "NO_COLOR"} | {"TERM": "xterm"}
+    shown = in_terminal(["train", "--max-steps", "200"], environment, columns)
+    assert "100%|" in shown
+    assert re.search(r"200/200 \[00:00, loss \S+, rate \S+, norm \S+\]", shown)
+    assert "\x1b[32m" in shown
+
+
+def test_no_color_is_respected_on_a_terminal(folder: Path) -> None:
+    shown = in_terminal(["train", "--max-steps", "20"], {**ENVIRONMENT, "NO_COLOR": "1"})
+    assert "20/20" in shown
+    assert "\x1b" not in shown
+
+
+def test_quiet_terminal_shows_nothing(folder: Path) -> None:
+    assert in_terminal(["train", "--max-steps", "20", "--quiet"], ENVIRONMENT) == ""
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["train", "--max-steps", "20"], ["train", "--help"]])
+def test_reader_that_has_gone_is_no_traceback(folder: Path, arguments: list[str]) -> None:
+    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    # argparse itself ignores a failed write of its help, which depends on how Python buffers it.
+    assert process.wait(timeout=60) in ((0, 141) if "--help" in arguments else (141,))
+    assert b"Error" not in errors
+    assert b"Traceback" not in errors
+    if "20" in arguments:
+        assert any(name.endswith("adapter.safetensors") for name in contents(folder))
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_closed_streams_do_not_lose_the_training(folder: Path, closed: str) -> None:
+    redirect = {"stdout": ">&-", "stderr": "2>&-"}[closed]
+    script = f'exec "$@" train --max-steps 20 --output out {redirect}'
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", *COMMAND], check=False, capture_output=True, env=ENVIRONMENT, timeout=60
+    )
+    assert done.returncode == 0
+    assert contents(folder / "out") == FILES
+
+
+def test_stdout_may_be_anything_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(text: str) -> int:
+        raise BrokenPipeError
+
+    redirected: list[int] = []
+    monkeypatch.setattr(cli.os, "dup2", lambda source, target: redirected.append(target))
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", SimpleNamespace(write=gone, fileno=lambda: 77))
+        assert cli.main(["info"]) == 141
+    assert redirected == [77]
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["info"]) == 0
+
+
+def test_error_without_stderr_is_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(["train", "--rank", "0"]) == 2
+
+
+def test_ctrl_c_without_stderr_only_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    interrupt = _cli_train._Interrupt()
+    interrupt._handle(signal.SIGINT, None)
+    assert interrupt.requested
+
+
+def test_folder_whose_name_is_not_text_can_be_printed(folder: Path, task: Callable[[str], None]) -> None:
+    done = subprocess.run(
+        [*COMMAND, "train", "--task", "mine:Task", "--max-steps", "1", "--quiet", "--output", b"\xff"],
+        check=False, capture_output=True, env=ENVIRONMENT, cwd=folder, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, b"\\udcff\n")
+
+
+# ---------------------------------------------------------------------- help, version, info
+
+
+def test_help_shows_every_option_with_its_default(run: Callable[..., SimpleNamespace]) -> None:
+    done = run("train", "--help")
+    assert (done.code, done.err) == (0, "")
+    text = " ".join(done.out.split())
+    for field in FIELDS:
+        assert f"--{field.name.replace('_', '-')}" in done.out
+    assert "peak learning rate (default: 0.0003; digits: 0.01)" in text
+    assert "scaling is alpha / sqrt(rank) (default: no)" in text
+    assert max(map(len, done.out.splitlines())) <= int(os.environ.get("COLUMNS", "80"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(["--help"], "train adapters and write"), (["info", "--help"], "Describe")]
+)
+def test_help_of_the_commands(run: Callable[..., SimpleNamespace], arguments: list[str], words: str) -> None:
+    done = run(*arguments)
+    assert done.code == 0
+    assert words in done.out
+
+
+def test_version(run: Callable[..., SimpleNamespace]) -> None:
+    assert run("--version").out == f"cylora {cylora.__version__}\n"
+
+
+def test_info_says_what_a_bug_report_needs(run: Callable[..., SimpleNamespace]) -> None:
+    done = run("info")
+    facts = dict(re.split(r"  +", line, maxsplit=1) for line in done.out.splitlines())
+    assert facts["cylora"] == cylora.__version__
+    assert facts["instruction set"] == f"{optimizer.isa} (built: {', '.join(optimizer.variants)})"
+    assert re.fullmatch(r"1, the caller's \(\d+ CPUs usable\)", facts["threads"])
+    assert facts["Python"].startswith(".".join(map(str, sys.version_info[:3])))
+    assert facts["NumPy"].startswith(np.__version__)
+    assert facts["extra 'train'"].startswith("tqdm ")
+    assert facts["CPU"]
+    assert facts["platform"]
+
+
+def test_info_where_the_system_says_little(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.delattr(_cli_info.os, "sched_getaffinity")
+    monkeypatch.setattr(_cli_info.os, "cpu_count", lambda: None)
+    assert _cli_info._usable_cpus() == 1
+    assert _cli_info._version("no-such-distribution") == "missing"
+    monkeypatch.setattr(_cli_info.platform, "processor", lambda: "")
+    monkeypatch.setattr(_cli_info.platform, "machine", lambda: "riscv64")
+    assert _cli_info._cpu_model(folder / "none") == "riscv64"
+    (folder / "cpuinfo").write_text("processor : 0\nmodel name\t: A CPU\n")
+    assert _cli_info._cpu_model(folder / "cpuinfo") == "A CPU"
+    (folder / "cpuinfo").write_text("processor : 0\n")
+    assert _cli_info._cpu_model(folder / "cpuinfo") == "riscv64"

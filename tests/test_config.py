@@ -1,0 +1,172 @@
+"""LoraConfig and LoraTrainingConfig: the defaults, the rule of each field, and the message when it is broken."""
+
+import copy
+import dataclasses
+import math
+import pickle
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from cylora import ConfigError, CyloraError, LoraConfig, LoraTrainingConfig
+
+NAN, INF = math.nan, math.inf
+
+INTEGER, REAL = "must be an integer", "must be"
+BAD_LORA = [
+    *[("rank", x, "rank must be an integer >= 1") for x in (0, -1, 2**63)],
+    *[("rank", x, "rank must be an integer, got") for x in (1.0, "8", None, True, np.True_, [1], 1j)],
+    *[("alpha", x, "alpha must be finite and > 0") for x in (0, -1.0, NAN, INF, "1", None, True, 1j, np.ones(1), b"1")],
+    *[("dropout", x, r"dropout must be in \[0, 1\)") for x in (-1e-9, 1, 1.5, NAN, "0", None, False, np.array("x"))],
+    *[
+        ("target_modules", x, "target_modules must be a non-empty sequence of non-empty names, got")
+        for x in ((), [], "q_proj", ["q", ""], ["q", 3], 5, None, b"q", [None])
+    ],
+    ("target_modules", ["q", "k", "q"], "target_modules must not repeat a name, got"),
+    *[("use_rslora", x, "use_rslora must be True or False, got") for x in (0, 1, "yes", None)],
+]
+
+RATE = r"must be in \[0, 1e6\]"
+BETA = r"must be in \[0, 1\)"
+BAD_TRAINING = [
+    *[("lora_config", x, "lora_config must be a LoraConfig, got") for x in ({}, None, LoraConfig)],
+    *[("learning_rate", x, f"learning_rate {RATE}") for x in (-1e-9, 1.1e6, NAN, INF, "1", None, True, 1j)],
+    *[("min_learning_rate", x, f"min_learning_rate {RATE}") for x in (-1, 2e6, NAN, [])],
+    *[("weight_decay", x, f"weight_decay {RATE}") for x in (-1, 1.1e6, NAN, INF, None, "0")],
+    *[("max_grad_norm", x, r"max_grad_norm must be > 0 \(inf turns clipping off\)") for x in (0, -1, NAN, "1", None)],
+    *[("beta1", x, f"beta1 {BETA}") for x in (1, -0.1, NAN, None)],
+    *[("beta2", x, f"beta2 {BETA}") for x in (1.0, 2, NAN, "0.9")],
+    *[("eps", x, "eps must be finite and >= 1e-30") for x in (0, 1e-31, -1, NAN, INF, None)],
+    *[(name, -1, f"{name} must be an integer >= 0") for name in ("warmup_steps", "max_steps", "log_every")],
+    *[(name, 2.0, f"{name} must be an integer, got") for name in ("warmup_steps", "max_steps", "log_every")],
+    *[(name, 0, f"{name} must be an integer >= 1") for name in ("decay_steps", "history_limit")],
+    *[(name, True, f"{name} must be an integer, got") for name in ("decay_steps", "history_limit")],
+    *[("schedule", x, "schedule must be one of 'constant', 'linear', 'cosine', 'warm") for x in ("cos", 3, None, [])],
+    *[("weight_decay_mode", x, "weight_decay_mode must be one of 'decoupled', 'l2', got") for x in ("L2", None, 0)],
+    *[("nonfinite", x, "nonfinite must be one of 'raise', 'skip', got") for x in ("ignore", None, True)],
+]
+
+
+def test_defaults_are_those_of_the_field() -> None:
+    lora, training = LoraConfig(), LoraTrainingConfig()
+    assert lora.to_dict() == {
+        "rank": 8, "alpha": 8.0, "dropout": 0.0, "use_rslora": False,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    }  # fmt: skip
+    assert training.to_dict() == {
+        "lora_config": lora.to_dict(), "learning_rate": 3e-4, "weight_decay": 0.01, "max_grad_norm": 1.0,
+        "warmup_steps": 100, "max_steps": 1000, "log_every": 10, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8,
+        "weight_decay_mode": "decoupled", "schedule": "constant", "min_learning_rate": 0.0, "decay_steps": None,
+        "nonfinite": "raise", "history_limit": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value", "message"), BAD_LORA, ids=str)
+def test_lora_config_refuses_by_name(name: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        LoraConfig(**{name: value})
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "value", "message"), BAD_TRAINING, ids=str)
+def test_training_config_refuses_by_name(name: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LoraTrainingConfig(**{name: value})
+
+
+def test_config_error_is_a_value_error() -> None:
+    assert issubclass(ConfigError, ValueError)
+    assert issubclass(ConfigError, CyloraError)
+
+
+def test_numbers_of_any_kind_become_plain_ones() -> None:
+    """NumPy scalars and fractions are numbers; what is stored must serialise like a plain one."""
+    lora = LoraConfig(rank=np.int64(4), alpha=Fraction(1, 2), dropout=np.float32(0.25), target_modules=iter("qk"))
+    training = LoraTrainingConfig(learning_rate=np.array(1e-3), max_steps=np.uint8(9), decay_steps=np.int16(3), eps=1)
+    assert [type(x) for x in (lora.rank, lora.alpha, lora.dropout)] == [int, float, float]
+    assert [type(x) for x in (training.learning_rate, training.max_steps, training.eps)] == [float, int, float]
+    assert (lora.rank, lora.alpha, lora.dropout, lora.target_modules) == (4, 0.5, 0.25, ("q", "k"))
+    assert training.decay_steps == 3
+
+
+def test_extreme_values_within_the_rules_are_accepted() -> None:
+    config = LoraTrainingConfig(
+        learning_rate=1e6, min_learning_rate=1e6, weight_decay=1e6, max_grad_norm=INF, beta1=0, beta2=0, eps=1e-30,
+        warmup_steps=0, max_steps=2**63 - 1, log_every=0, history_limit=1,
+    )  # fmt: skip
+    assert config.max_grad_norm == INF
+    assert config.max_steps == 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    ("config", "scaling"),
+    [
+        (LoraConfig(rank=8, alpha=16), 2.0),
+        (LoraConfig(rank=16, alpha=8), 0.5),
+        (LoraConfig(rank=16, alpha=8, use_rslora=True), 2.0),
+        (LoraConfig(rank=2, alpha=1, use_rslora=True), 1 / math.sqrt(2)),
+    ],
+)
+def test_scaling_is_alpha_over_rank_or_its_root(config: LoraConfig, scaling: float) -> None:
+    assert config.scaling == scaling
+
+
+def test_configs_are_frozen_keyword_only_and_slotted() -> None:
+    config = LoraTrainingConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.learning_rate = 1.0  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        LoraConfig(8)  # type: ignore[misc]
+    assert not hasattr(config, "__dict__")
+
+
+def test_configs_compare_hash_copy_and_pickle_by_value() -> None:
+    config = LoraTrainingConfig(lora_config=LoraConfig(rank=3), max_grad_norm=INF)
+    for twin in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), LoraTrainingConfig.from_dict(config.to_dict())):
+        assert twin == config
+        assert hash(twin) == hash(config)
+    assert config != LoraTrainingConfig()
+
+
+def test_replace_validates_again() -> None:
+    with pytest.raises(ConfigError, match="rank must be"):
+        dataclasses.replace(LoraConfig(), rank=0)
+
+
+@pytest.mark.parametrize("cls", [LoraConfig, LoraTrainingConfig])
+def test_from_dict_refuses_unknown_keys_and_lists_the_known(cls: type) -> None:
+    with pytest.raises(ConfigError, match=rf"{cls.__name__} has no field 'Rank'; its fields are \w+, ") as caught:
+        cls.from_dict({"Rank": 3})
+    for field in dataclasses.fields(cls):
+        assert field.name in str(caught.value)
+    with pytest.raises(ConfigError, match="has no field 3;"):
+        cls.from_dict({3: 3})
+
+
+@pytest.mark.parametrize("values", [None, [("rank", 3)], "rank", 3])
+def test_from_dict_refuses_what_is_no_mapping(values: object) -> None:
+    with pytest.raises(ConfigError, match="LoraConfig must be made from a mapping of field names, got"):
+        LoraConfig.from_dict(values)
+
+
+def test_from_dict_takes_the_lora_config_nested_or_made() -> None:
+    assert LoraTrainingConfig.from_dict({"lora_config": {"rank": 2}}).lora_config == LoraConfig(rank=2)
+    assert LoraTrainingConfig.from_dict({"lora_config": LoraConfig(rank=2)}).lora_config == LoraConfig(rank=2)
+    with pytest.raises(ConfigError, match="LoraConfig has no field 'r';"):
+        LoraTrainingConfig.from_dict({"lora_config": {"r": 2}})
+
+
+def test_from_dict_leaves_its_argument_alone() -> None:
+    values = {"lora_config": {"rank": 2}}
+    LoraTrainingConfig.from_dict(values)
+    assert values == {"lora_config": {"rank": 2}}
+
+
+def test_a_callable_schedule_is_kept_as_it_is() -> None:
+    def flat(step: int) -> float:
+        return 0.5
+
+    config = LoraTrainingConfig(schedule=flat)
+    assert config.schedule is flat
+    assert config.to_dict()["schedule"] is flat
