@@ -27,6 +27,8 @@ DIRECTIVES = {
     "overflowcheck": DEBUG,
     "cdivision": not DEBUG,
     "embedsignature": False,
+    "auto_pickle": False,  # Python's own refusal is clearer, and helper functions less to declare in the stubs
+    "autotestdict": False,
     "binding": True,
 }
 

@@ -103,9 +103,9 @@ READ_ONLY.flags.writeable = False
     ("value", "got"),
     [
         ([[1.0] * 3] * 2, "got list"), (None, "got NoneType"), (memoryview(BASE), "got memoryview"),
-        (np.zeros((2, 3)), r"got float64 of shape \(2, 3\)"), (np.zeros((3, 2), np.float32), r"of shape \(3, 2\)"),
+        (np.zeros((2, 3)), r"got float64 of shape \(2, 3\)"), (np.zeros((3, 2), np.float32), r"got float32 of shape \(3, 2\)"),
         (np.zeros((2, 3), ">f4"), "got >f4 of shape"), (READ_ONLY, r"got read-only float32 of shape \(2, 3\)"),
-        (np.zeros(6, np.float32), r"of shape \(6,\)"),
+        (np.zeros(6, np.float32), r"got float32 of shape \(6,\)"),
     ],
 )  # fmt: skip
 def test_matrix_says_what_it_got(value: object, got: str) -> None:
@@ -117,7 +117,7 @@ def test_matrix_says_what_it_got(value: object, got: str) -> None:
     "value",
     [
         as_strided(np.zeros(6, np.float32), (2, 3), (0, 4)), as_strided(np.zeros(6, np.float32), (2, 3), (12, 0)),
-        sliding_window_view(np.zeros(4, np.float32), 3, writeable=True), as_strided(np.zeros(9, "f4"), (2, 3), (4, 8)),
+        sliding_window_view(np.zeros(4, np.float32), 3, writeable=True), as_strided(np.zeros(9, "f4"), (2, 3), (8, 4)),
         as_strided(np.zeros(9, np.float32)[8:], (2, 3), (-4, -4)),
     ],
 )  # fmt: skip

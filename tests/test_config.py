@@ -23,7 +23,7 @@ BAD_LORA = [
         ("target_modules", x, "target_modules must be a non-empty sequence of non-empty names, got")
         for x in ((), [], "q_proj", ["q", ""], ["q", 3], 5, None, b"q", [None])
     ],
-    ("target_modules", ["q", "k", "q"], "target_modules must not repeat a name, got"),
+    ("target_modules", ("q", "k", "q"), "target_modules must not repeat a name, got"),
     *[("use_rslora", x, "use_rslora must be True or False, got") for x in (0, 1, "yes", None)],
 ]
 

@@ -50,8 +50,8 @@ REFUSED_CONFIG = {
     "max_grad_norm_negative": "max_grad_norm must be > 0",
     "max_grad_norm_nan": "max_grad_norm must be > 0",
     "lr_negative": "learning_rate must be in",
-    "weight_decay_negative": "weight_decay must be finite and >= 0",
-    "decoupled_weight_decay_negative": "weight_decay must be finite and >= 0",
+    "weight_decay_negative": r"weight_decay must be in \[0, 1e6\]",
+    "decoupled_weight_decay_negative": r"weight_decay must be in \[0, 1e6\]",
     "rank_zero": "rank must be an integer >= 1",
     "d_in_zero": "d_in must be an integer in",
 }

@@ -1,8 +1,8 @@
 """What goes into the sdist and the wheel, which flags compile it, and what a build says that cannot work.
 
-All builds run in a copy of the tree, with the setuptools and Cython of this environment. What a wheel contains and how it
-is compiled is decided before any code is, so these wheels come from a compiler that notes its arguments and writes empty
-files. CYLORA_DIST names a folder with a real sdist and the wheel built from it; then those are examined.
+All builds run in a copy of the tree, with the setuptools and Cython of this environment. What a wheel contains and how
+it is compiled is decided before any code is, so these wheels come from a compiler that notes its arguments and writes
+empty files. CYLORA_DIST names a folder with a real sdist and the wheel built from it; then those are examined.
 """
 
 import email
@@ -53,7 +53,7 @@ def script(path, text):
 
 
 def run(*command, cwd, **environment):
-    """Run a command of this Python with its output in one string; ``environment`` replaces variables, or removes them."""
+    """Run a command of this Python, its output in one string; ``environment`` replaces variables, None removes one."""
     variables = {name: str(value) for name, value in (os.environ | environment).items() if value is not None}
     return subprocess.run(
         [sys.executable, *map(str, command)],
@@ -86,7 +86,7 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(tree, tmp_path_factory):
-    """Folder of an sdist made in a tree full of debris, of the wheel made from that sdist, and of the compiler's log."""
+    """Folder of an sdist made in a tree full of debris, the wheel made from that sdist, and the compiler's log."""
     folder = tmp_path_factory.mktemp("built")
     littered = folder / "littered"
     shutil.copytree(tree, littered)
@@ -240,7 +240,7 @@ def test_build_without_a_compiler_ends_with_what_to_install(tree, tmp_path):
     assert rest.strip() == ""
     assert "Traceback" not in done.stdout
     assert "'/nonexistent/cc'" in message
-    for hint in ("apt install gcc python3-dev", "dnf install gcc python3-devel", "apk add gcc", "xcode-select --install"):
+    for hint in ("apt install gcc python3-dev", "dnf install gcc python3-devel", "apk add gcc", "xcode-select"):
         assert hint in message
 
 

@@ -117,3 +117,21 @@ def test_current_lr_is_the_rate_of_the_next_step(name: str) -> None:
     for step in range(10):
         announced = trainer.current_lr()
         assert trainer.step(1.0, adapter, *make_pair(step)).learning_rate == announced
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "warmup_stable_decay"])
+@pytest.mark.parametrize(("warmup", "total"), [(0, 0), (3, 20), (20, 3), (7, 7)])
+def test_steady_from_is_a_step_after_which_nothing_changes(name: str, warmup: int, total: int) -> None:
+    """A trainer asks the schedule no more from there on, so one step too early would freeze a wrong rate."""
+    config = LoraTrainingConfig(
+        schedule=name, learning_rate=PEAK, min_learning_rate=FLOOR, warmup_steps=warmup, max_steps=total
+    )
+    rate, start = schedule.from_config(config), schedule.steady_from(config)
+    assert {rate(step) for step in range(start, start + 100)} == {rate(10**12)}
+    trainer, adapter = LoraTrainer(config), make_adapter()
+    used = [trainer.step(1.0, adapter, *make_pair()).learning_rate for _ in range(40)]
+    assert used == [rate(step) for step in range(40)]
+
+
+def test_a_callable_is_never_taken_for_steady() -> None:
+    assert schedule.steady_from(LoraTrainingConfig(schedule=lambda step: 0.1)) is None

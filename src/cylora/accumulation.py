@@ -41,8 +41,8 @@ class Accumulation:
         return self._buffer
 
     def buffer(self, size: int) -> FloatArray:
-        """Return the buffer of ``size`` elements, made when first asked for."""
-        if self._buffer is None:
+        """Return the buffer of ``size`` elements, made when first asked for; with nothing pending it may be another."""
+        if self._buffer is None or self._buffer.size != size:
             self._buffer = FlatBuffer([("gradient", (size,))]).vector
         return self._buffer
 

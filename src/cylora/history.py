@@ -276,7 +276,7 @@ class TrainingHistory(Sequence[TrainingStep]):
             for row in rows:
                 history._append_row(f"line {rows.line_num}", row)
         except csv.Error as error:
-            raise FormatError(f"line {max(rows.line_num, 1)} must be CSV ({error})") from None
+            raise FormatError(f"line {max(rows.reader.line_num, 1)} must be CSV ({error})") from None
         return history
 
     def state_dict(self) -> dict[str, Any]:

@@ -177,7 +177,7 @@ class LoraTrainer:
         if state is not None and state.layout != adapter.flat.layout:
             raise StateError(f"adapter must have the layout of the loaded state, {state.layout}, got {adapter!r}")
         gradient = self._accumulation.gradient
-        if gradient is not None and gradient.size != adapter.flat.vector.size:
+        if self.accumulated and gradient is not None and gradient.size != adapter.flat.vector.size:
             raise StateError(f"adapter must have the {gradient.size} parameters of the loaded state, got {adapter!r}")
         adam = self._optimizer(adapter, self._history, self._accumulation, state)
         replaced, progress = self._adam, self._progress()

@@ -88,6 +88,7 @@ cdef class PreparedAdam:
         self._parameters, self._m, self._v = parameters, m, v
         self.m, self.v = &m[0], &v[0]
         self.n = parameters.shape[0]
+        self.pending_sums = self.pending = None  # a memoryview never assigned is not None, but NULL
         self.rule = AdamRule(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, l2=l2)
         self.max_norm, self.norm_limit = max_grad_norm, norm_limit
         self.t = t

@@ -1,1 +1,3 @@
+__pyx_capi__: dict[str, object]  # what buffers.pxd declares, for cimport
+
 def describe(provider: object) -> str: ...

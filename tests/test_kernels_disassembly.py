@@ -1,0 +1,103 @@
+"""The machine code of the kernels: nothing that rounds differently from IEEE 754, and the vector loops are there.
+
+Read with objdump, which comes with the compiler (binutils). Without it these tests fail: then nobody has looked.
+"""
+
+import platform
+import re
+import subprocess
+from functools import cache
+from importlib.util import find_spec
+
+import pytest
+
+from cylora.optimizer import variants
+
+MODULES = {"baseline": "_baseline", "x86-64-v3": "_x86_64_v3"}
+OTHERS = ("_cpu", "dispatch", "buffers", "arrays", "adam")
+X86_64 = platform.machine().lower() in ("x86_64", "amd64")
+
+# Fused multiply-add (x86: vfmadd132ps, vfnmsub231sd, ...; ARM: fmla, fmadd) and estimates of 1/x and 1/sqrt(x).
+FORBIDDEN = re.compile(
+    r"v?fn?m(add|sub)\w*|vfmaddsub\w*|vfmsubadd\w*|v?rcp(14|28)?[ps][sdh]|v?rsqrt(14|28)?[ps][sdh]"
+    if X86_64
+    else r"fn?m(add|sub|la|ls)\w*|fmlal\w*|frecp\w*|frsqrt\w*|bfm\w*"
+)
+# What the loops must contain: packed division and square root in float32 (the update), packed product and sum in
+# float64 (the norm), packed product in float32 (scaling). (mnemonic, operand) as regular expressions.
+ON_X86 = ("divps", "sqrtps", "mulpd", "addpd", "mulps", "subps", "cvtps2pd")
+VECTORS = {
+    "baseline": [(name, "%xmm") for name in ON_X86]
+    if X86_64
+    else [(f"f{name}", r"v\d+\.(4s|2d)") for name in ("div", "sqrt", "mul", "add", "sub")],
+    "x86-64-v3": [(f"v{name}", "%ymm") for name in ON_X86],
+}
+
+
+@cache
+def instructions(module: str) -> list[tuple[str, str, str]]:
+    """Return (function, mnemonic, operands) for every instruction of a compiled module."""
+    spec = find_spec(f"cylora.kernels.{module}")
+    assert spec is not None, f"cylora.kernels.{module} was not built"
+    assert spec.origin is not None
+    listing = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", spec.origin], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    found, function = [], ""
+    for line in listing.splitlines():
+        if label := re.fullmatch(r"[0-9a-f]+ <(.+)>:", line):
+            function = label[1]
+        elif code := re.fullmatch(r"\s+[0-9a-f]+:\s+(.+)", line):
+            words = code[1].split()
+            while words[0] in ("bnd", "rep", "repz", "repnz", "lock", "notrack", "data16", "cs", "ds"):
+                words = words[1:] or ["nop"]
+            found.append((function, words[0], " ".join(words[1:])))
+    assert len(found) > 50, f"objdump saw {len(found)} instructions in {spec.origin}"
+    return found
+
+
+@pytest.mark.parametrize("module", [*(MODULES[name] for name in variants), *OTHERS])
+def test_machine_code_has_no_fused_or_estimated_arithmetic(module: str) -> None:
+    """-ffp-contract=off dropped, -ffast-math or -mrecip added: each would put one of these in."""
+    found = [(where, name) for where, name, _ in instructions(module) if FORBIDDEN.fullmatch(name)]
+    assert found == []
+
+
+@pytest.mark.parametrize("isa", variants)
+def test_machine_code_has_the_vector_loops(isa: str) -> None:
+    """-fno-math-errno or -O3 dropped: the square root would not vectorise and a step take eight times as long."""
+    code = instructions(MODULES[isa])
+    for mnemonic, operand in VECTORS[isa]:
+        count = sum(name == mnemonic and re.search(operand, operands) is not None for _, name, operands in code)
+        assert count > 0, f"{isa} has no {mnemonic} on {operand}"
+    for _, name, operands in code:
+        assert "call" not in name or "sqrt" not in operands, f"{isa} calls the C library's square root: {operands}"
+
+
+@pytest.mark.skipif(not X86_64, reason="AVX exists on x86-64 alone")
+@pytest.mark.parametrize("module", ["_baseline", *OTHERS])
+def test_machine_code_outside_the_variant_runs_on_every_processor(module: str) -> None:
+    """Only the module that is imported after the check of the processor may hold AVX."""
+    found = [(where, name) for where, name, operands in instructions(module) if re.search("%[yz]mm", operands)]
+    assert found == []
+    names = {name for _, name, _ in instructions(module)}
+    assert [name for name in names if re.fullmatch(r"v(mov|add|mul|sub|div|sqrt|cvt)\w+", name)] == []
+
+
+def test_machine_code_of_v3_stays_within_v3() -> None:
+    """AVX-512 would fault on half of the processors that pass the check, and is slower on unaligned arrays."""
+    if "x86-64-v3" in variants:
+        wide = re.compile(r"%zmm|%[xy]mm(1[6-9]|[23]\d)")
+        assert [name for _, name, operands in instructions("_x86_64_v3") if wide.search(operands)] == []
+    else:
+        assert not X86_64
+
+
+@pytest.mark.parametrize("name", ["vfmadd231ps", "vfnmsub213sd", "rcpps", "vrsqrt14ps", "rsqrtss", "vfmadd132ss"])
+def test_forbidden_pattern_knows_its_instructions(name: str) -> None:
+    assert not X86_64 or FORBIDDEN.fullmatch(name)
+
+
+@pytest.mark.parametrize("name", ["mulps", "vmulps", "vsqrtps", "fmul", "vsubps", "vfpclassps"])
+def test_forbidden_pattern_spares_the_others(name: str) -> None:
+    assert not FORBIDDEN.fullmatch(name)

@@ -1,0 +1,306 @@
+"""Adam over one vector, grad_norm and clip_grad_norm_ as Python calls: results by the oracle, and every refusal."""
+
+import copy
+import math
+import pickle
+
+import numpy as np
+import pytest
+
+import reference
+from cylora import (
+    Adam, AdapterSet, ConfigError, FlatBuffer, Gradients, InputError, NonFiniteGradientError, StateError, clip_grad_norm_,
+    grad_norm, optimizer,
+)  # fmt: skip
+from training import fill, make_adapter, make_set, same_bits
+
+NAN, INF = math.nan, math.inf
+
+
+def normal(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, n]).normal(size=n).astype(np.float32)
+
+
+@pytest.mark.parametrize("mode", ["decoupled", "l2"])
+@pytest.mark.parametrize("max_norm", [INF, 1.0])
+def test_adam_follows_the_papers(mode: str, max_norm: float) -> None:
+    p = normal(57)
+    exact, m, v = p.astype(np.float64), np.zeros(57), np.zeros(57)
+    settings = {"weight_decay": 0.1, "weight_decay_mode": mode, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6}
+    adam = Adam(p, learning_rate=0.01, max_grad_norm=max_norm, **settings)
+    rule = reference.Rule(0.01, 0.8, 0.95, 1e-6, 0.1, mode, max_norm)
+    for t in range(1, 30):
+        g = normal(57, t)
+        step = reference.adam_step(exact, g, m, v, t, rule)
+        exact, m, v = step.p, step.m, step.v
+        assert adam.step(g) == pytest.approx(step.norm, rel=4e-16)
+        assert adam.t == t
+        np.testing.assert_allclose(p, exact, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(adam.m, m, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(adam.v, v, rtol=1e-5, atol=1e-9)
+
+
+def test_adam_defaults_neither_decay_nor_clip() -> None:
+    p, twin = normal(9), normal(9)
+    Adam(p).step(1000 * normal(9, 1))
+    Adam(twin, learning_rate=3e-4, weight_decay=0.0, max_grad_norm=INF, beta1=0.9, beta2=0.999).step(1000 * normal(9, 1))
+    assert same_bits(p, twin)
+    assert abs(abs(p - normal(9)) - 3e-4).max() < 1e-7, "the first step of Adam is the rate in each element"
+
+
+def test_a_rate_given_to_step_overrides_the_first() -> None:
+    p, twin = normal(5), normal(5)
+    Adam(p, learning_rate=1.0).step(normal(5, 1), 0.25)
+    Adam(twin, learning_rate=0.25).step(normal(5, 1))
+    assert same_bits(p, twin)
+
+
+def test_a_rate_of_zero_moves_the_moments_only() -> None:
+    p = normal(5)
+    adam = Adam(p, learning_rate=0.0, weight_decay=1.0)
+    adam.step(np.ones(5, np.float32))
+    assert same_bits(p, normal(5))
+    assert adam.m.all()
+
+
+def test_adam_takes_flat_buffers_arrays_and_gradients() -> None:
+    adapter = make_adapter()
+    start = adapter.flat.vector.copy()
+    gradients = fill(Gradients(adapter))
+    Adam(adapter.flat).step(gradients)
+    Adam(start).step(gradients.vector)
+    assert same_bits(start, adapter.flat.vector)
+
+
+def test_moments_are_read_only_views_that_follow() -> None:
+    adam = Adam(normal(4))
+    m = adam.m
+    adam.step(np.ones(4, np.float32))
+    assert m.tolist() == [np.float32(0.1)] * 4
+    for moments in (adam.m, adam.v):
+        with pytest.raises(ValueError, match="read-only"):
+            moments[0] = 1
+    with pytest.raises(AttributeError):
+        adam.t = 3
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ([1.0], "parameters must be a writable float32 array of shape .*, got list"),
+        (normal(4).astype("f8"), "parameters must be a writable float32 array of shape .*, got float64"),
+        (normal(4).reshape(2, 2), r"got float32 of shape \(2, 2\)"),
+        (normal(8)[::2], "parameters must be C-contiguous and aligned, got aligned memory"),
+        (normal(8)[::-1], "parameters must be C-contiguous and aligned"),
+        (np.zeros(9, np.uint8)[1:].view(np.float32), "parameters must be C-contiguous and aligned, got misaligned memory"),
+        (np.broadcast_to(np.float32(1), 4), "got read-only float32"),
+        (np.zeros(0, np.float32), "parameters must not be empty, got 0 elements"),
+        (FlatBuffer([]), "parameters must not be empty"),
+        (make_adapter(), "got LoraAdapter"),
+    ],
+)
+def test_adam_refuses_parameters(parameters: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Adam(parameters)
+
+
+def test_adam_refuses_settings_like_the_config() -> None:
+    for name, bad in [("learning_rate", -1), ("beta1", 1), ("beta2", NAN), ("eps", 0), ("weight_decay", -1),
+                      ("weight_decay_mode", "none"), ("max_grad_norm", 0)]:  # fmt: skip
+        with pytest.raises(ConfigError, match=f"{name} must be"):
+            Adam(normal(3), **{name: bad})
+
+
+@pytest.mark.parametrize("rate", [-1e-9, 1.1e6, NAN, INF, "1", True, [1], 1j])
+def test_adam_refuses_a_rate(rate: object) -> None:
+    p = normal(3)
+    adam = Adam(p)
+    with pytest.raises(InputError, match=r"learning rate must be a number in \[0, 1e6\], got"):
+        adam.step(normal(3, 1), rate)
+    assert same_bits(p, normal(3))
+    assert adam.t == 0
+
+
+def test_adam_refuses_gradients_and_stays_as_it_was() -> None:
+    p = normal(4)
+    adam = Adam(p, max_grad_norm=INF)
+    adam.step(normal(4, 1))
+    before = [x.tobytes() for x in (p, adam.m, adam.v)] + [adam.t]
+    infinite, nan, huge = (normal(4, 2) for _ in range(3))
+    infinite[2], nan[3], huge[0] = -INF, NAN, 1e19
+    for bad, kind, message in [
+        (normal(5), InputError, r"gradient must be a C-contiguous, aligned float32 array of shape \(4,\), got numpy.ndarray"),
+        (None, InputError, "got NoneType, which offers no buffer"),
+        (p, InputError, "gradient must not overlap the parameters or the optimizer's state in memory"),
+        (adam.m, InputError, "gradient must not overlap the parameters or the optimizer's state"),
+        (adam.v, InputError, "gradient must not overlap the parameters or the optimizer's state"),
+        (infinite, NonFiniteGradientError, r"gradient of parameters must be finite, got -inf at \[2\]"),
+        (nan, NonFiniteGradientError, r"gradient of parameters must be finite, got nan at \[3\]"),
+        (huge, NonFiniteGradientError, r"the gradient's norm must be at most 2\^63 so that its square fits float32, got 9.9999"),
+    ]:
+        with pytest.raises(kind, match=message):
+            adam.step(bad)
+        assert [x.tobytes() for x in (p, adam.m, adam.v)] + [adam.t] == before
+
+
+def test_a_huge_gradient_is_fine_where_it_is_clipped() -> None:
+    p = normal(4)
+    adam = Adam(p, max_grad_norm=1.0)
+    assert adam.step(np.full(4, 3e38, np.float32)) == 2 * float(np.float32(3e38))
+    assert np.isfinite(p).all()
+    assert np.isfinite(adam.v).all()
+
+
+def test_adam_is_neither_copied_nor_pickled() -> None:
+    """A copy would share the pointers, or lose them."""
+    for call in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot pickle"):
+            call(Adam(normal(3)))
+
+
+def test_an_adam_that_was_never_initialised_refuses_to_work() -> None:
+    for use in (lambda a: a.apply(normal(3), 0.1), lambda a: a.run_step(1.0, normal(3), None)):
+        with pytest.raises(ValueError, match="was not initialised"):
+            use(Adam.__new__(Adam))
+    with pytest.raises(ValueError, match="attach comes before run_step"):
+        Adam(normal(3)).run_step(1.0, normal(3), None)
+    with pytest.raises(ValueError, match="attach comes before run_step, and attach_pending before"):
+        Adam(normal(3)).run_step(1.0, normal(3), None, True)
+    with pytest.raises(TypeError, match="initialised once"):
+        Adam(normal(3)).__init__(normal(3))
+
+
+# ---------------------------------------------------------------- norm and clipping
+
+
+def test_norm_is_over_all_arrays_together_however_they_are_cut() -> None:
+    whole = normal(20_000)
+    expected = reference.norm(whole)
+    for cut in (1, 16, 8192, 9999):
+        assert grad_norm([whole[:cut], whole[cut:]]) == grad_norm([whole]) == pytest.approx(expected, rel=1e-15)
+    assert grad_norm((whole[:9999].reshape(99, 101), whole[9999:])) == grad_norm([whole])
+    assert grad_norm([]) == 0.0
+    assert grad_norm([np.zeros((0, 3), np.float32)]) == 0.0
+
+
+def test_norm_and_clip_take_gradients_buffers() -> None:
+    gradients = fill(Gradients(make_set()))
+    before = gradients.vector.copy()
+    norm = grad_norm(gradients)
+    assert norm == grad_norm([before])
+    assert clip_grad_norm_(gradients, norm / 4) == norm
+    assert same_bits(gradients.vector, before * np.float32(0.25))
+
+
+@pytest.mark.parametrize("max_norm", [5.0, 5, 6.0, INF, np.float32(7)])
+def test_clipping_leaves_a_norm_up_to_the_limit_alone(max_norm: float) -> None:
+    a, b = np.array([3], np.float32), np.array([4], np.float32)
+    assert clip_grad_norm_([a, b], max_norm) == 5.0
+    assert (a[0], b[0]) == (3, 4)
+
+
+def test_clipping_scales_to_the_limit() -> None:
+    grads = [normal(100), normal(37).reshape(37, 1)]
+    expected = [g * np.float32(0.5 / grad_norm(grads)) for g in grads]
+    clip_grad_norm_(grads, 0.5)
+    assert all(same_bits(g, e) for g, e in zip(grads, expected, strict=True))
+    assert grad_norm(grads) == pytest.approx(0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("max_norm", [0, -1, NAN, None, "1", True, 1j, np.ones(1)])
+def test_clipping_refuses_a_limit(max_norm: object) -> None:
+    grads = [normal(3)]
+    with pytest.raises(InputError, match=r"max_norm must be > 0 \(inf turns clipping off\), got"):
+        clip_grad_norm_(grads, max_norm)
+    assert same_bits(grads[0], normal(3))
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("max_norm", [1.0, INF])
+def test_clipping_a_norm_that_is_not_finite_writes_nothing(value: float, max_norm: float) -> None:
+    grads = [normal(3), normal(4)]
+    grads[1][2] = value
+    before = [g.tobytes() for g in grads]
+    with pytest.raises(NonFiniteGradientError, match="the norm of grads must be finite, got"):
+        clip_grad_norm_(grads, max_norm)
+    assert [g.tobytes() for g in grads] == before
+
+
+@pytest.mark.parametrize("call", [grad_norm, lambda grads: clip_grad_norm_(grads, 1.0)])
+@pytest.mark.parametrize(
+    ("grads", "message"),
+    [
+        (normal(3), "grads must be a sequence of arrays or a Gradients, got ndarray"),
+        (None, "grads must be a sequence of arrays or a Gradients, got NoneType"),
+        (iter([normal(3)]), "grads must be a sequence of arrays or a Gradients, got list_iterator"),
+        ({"a": normal(3)}, "grads must be a sequence of arrays or a Gradients, got dict"),
+        (AdapterSet({"a": (2, 2)}, seed=0), "grads must be a sequence of arrays or a Gradients, got AdapterSet"),
+        ([normal(3), [1.0]], r"grads\[1\] must be a .*aligned float32 array, got list, which offers no buffer"),
+        ([normal(3).astype("f8")], r"grads\[0\] must be a .*float32 array, got numpy.ndarray with format 'd'"),
+        (b"abc", r"grads\[0\] must be .*, got int, which offers no buffer"),
+    ],
+)
+def test_norm_and_clip_refuse_by_name(call, grads: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call(grads)
+
+
+def test_clipping_refuses_arrays_that_share_elements() -> None:
+    memory = normal(10)
+    for grads in ([memory, memory], [memory[:6], memory[5:]], [memory[5:], normal(3), memory[:6]]):
+        with pytest.raises(InputError, match="grads must not overlap in memory, got two arrays that share elements"):
+            clip_grad_norm_(grads, 1e-3)
+        assert same_bits(memory, normal(10))
+    clip_grad_norm_([memory[5:], memory[:5], memory[3:3]], 1e-3)
+    assert grad_norm([memory]) == pytest.approx(1e-3)
+
+
+# ---------------------------------------------------------------- state
+
+
+def adam_state(**changes: object) -> dict:
+    adam = Adam(make_adapter().flat)
+    adam.step(normal(33))
+    return adam.state().to_dict() | changes
+
+
+def test_state_round_trip_is_plain_and_a_copy() -> None:
+    state = adam_state()
+    assert state["layout"] == [["A", [3, 6]], ["B", [5, 3]]]
+    assert state["t"] == 1
+    restored = optimizer.AdamState.from_dict(state)
+    state["m"][...] = NAN
+    assert np.isfinite(restored.m).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"m": np.zeros(32, np.float32)}, r"adam m must be float32 of shape \(33,\), got float32 of shape \(32,\)"),
+        ({"v": np.zeros(33)}, "adam v must be float32 of shape .*, got float64"),
+        ({"m": np.full(33, NAN, np.float32)}, "adam m must be finite, got nan"),
+        ({"v": np.full(33, INF, np.float32)}, "adam v must be finite, got inf"),
+        ({"v": np.full(33, -1, np.float32)}, "adam v must be >= 0, got -1"),
+        ({"t": 0}, "adam t must be an integer >= 1, got 0"),
+        ({"t": 1.0}, "adam t must be an integer, got 1.0"),
+        ({"layout": 3}, r"adam layout must be a list of \[name, shape\], got 3"),
+        ({"layout": [["A", "x"]]}, r"adam layout must be a list of \[name, shape\], got"),
+        ({"layout": [["A"]]}, r"adam layout must be a list of \[name, shape\], got"),
+        ({"layout": [["A", [2, 2]]]}, r"adam m must be float32 of shape \(4,\)"),
+        ({"layout": [["A", [-3, 11]]]}, r"adam m must be float32 of shape \(-33,\)"),
+        ({"steps": 1}, "adam must be a mapping with the keys layout, m, v, t"),
+    ],
+)
+def test_state_is_checked(change: dict, message: str) -> None:
+    with pytest.raises(StateError, match=message):
+        optimizer.AdamState.from_dict(adam_state(**change))
+
+
+def test_refusal_without_a_culprit_speaks_of_the_norm() -> None:
+    """What a caller sees whose weighted gradient overflows though no element is infinite."""
+    assert str(Adam(normal(3)).refusal(INF)) == "the gradient's norm must be finite, got inf"
+
+
+def test_isa_is_one_of_the_variants(isa: str) -> None:
+    assert isa in optimizer.variants
+    assert "baseline" in optimizer.variants
