@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from training import fill, fingerprint, make_adapter, make_pair, make_set, make_trainer, same_bits
 
 from cylora import Gradients, InputError, NonFiniteGradientError, StateError, accumulation
-from training import fill, fingerprint, make_adapter, make_pair, make_set, make_trainer, same_bits
 
 
 @pytest.mark.parametrize("weights", [[1.0] * 4, [1, 2, 3, 4], [0.25], [1e-30, 1e-30], [1e17, 1e16], [7, 0.001]])
@@ -20,7 +20,8 @@ def test_accumulated_step_is_a_step_with_the_weighted_mean(weights: list[float],
         for loss, pair, weight in zip(losses, pairs, weights, strict=True):
             trainer.accumulate(loss, adapter, *pair, weight=weight)
         record = trainer.step_accumulated()
-        mean = [np.average(np.array(part, np.float64), axis=0, weights=weights).astype("f4") for part in zip(*pairs)]
+        parts = (np.array(part, np.float64) for part in zip(*pairs, strict=True))
+        mean = [np.average(part, axis=0, weights=weights).astype(np.float32) for part in parts]
         expected = other.step(float(np.average(losses, weights=weights)), twin, *mean)
         assert record.loss == pytest.approx(expected.loss, rel=1e-12)
         assert record.grad_norm == pytest.approx(expected.grad_norm, rel=1e-6)
@@ -213,7 +214,10 @@ def test_state_is_what_waits_or_none() -> None:
         ({"weight": 0.0}, "accumulated weight must be finite and >= 1e-30, got 0.0"),
         ({"weight": 1e-40}, "accumulated weight must be finite and >= 1e-30, got 1e-40"),
         ({"weight": math.inf}, "accumulated weight must be finite and >= 1e-30, got inf"),
-        ({"gradient": np.zeros(32, "f4")}, r"accumulated gradient must be float32 of shape \(33,\), got float32 of shape"),
+        (
+            {"gradient": np.zeros(32, "f4")},
+            r"accumulated gradient must be float32 of shape \(33,\), got float32 of shape",
+        ),
         ({"gradient": np.zeros(33)}, "accumulated gradient must be float32 of shape .*, got float64"),
         ({"gradient": np.full(33, np.inf, "f4")}, "accumulated gradient must be finite, got inf"),
         ({"more": 1}, "accumulated must be a mapping with the keys count, loss, weight, gradient"),

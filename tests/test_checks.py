@@ -2,10 +2,10 @@
 
 import decimal
 import math
-from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
 import numpy as np
 import pytest
+from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
 from cylora import checks
 from cylora.errors import ConfigError, InputError, StateError
@@ -85,7 +85,8 @@ BASE = np.arange(24, dtype=np.float32)
 @pytest.mark.parametrize(
     "value",
     [
-        BASE[:6].reshape(2, 3), BASE[:6].reshape(3, 2).T, BASE.reshape(4, 6)[::2, ::2], BASE[:6].reshape(2, 3)[::-1, ::-1],
+        BASE[:6].reshape(2, 3), BASE[:6].reshape(3, 2).T, BASE.reshape(4, 6)[::2, ::2],
+        BASE[:6].reshape(2, 3)[::-1, ::-1],
         np.zeros((2, 3, 1), np.float32)[..., 0], BASE[:12].reshape(2, 6)[:, 1::2],
     ],
 )  # fmt: skip
@@ -103,7 +104,8 @@ READ_ONLY.flags.writeable = False
     ("value", "got"),
     [
         ([[1.0] * 3] * 2, "got list"), (None, "got NoneType"), (memoryview(BASE), "got memoryview"),
-        (np.zeros((2, 3)), r"got float64 of shape \(2, 3\)"), (np.zeros((3, 2), np.float32), r"got float32 of shape \(3, 2\)"),
+        (np.zeros((2, 3)), r"got float64 of shape \(2, 3\)"),
+        (np.zeros((3, 2), np.float32), r"got float32 of shape \(3, 2\)"),
         (np.zeros((2, 3), ">f4"), "got >f4 of shape"), (READ_ONLY, r"got read-only float32 of shape \(2, 3\)"),
         (np.zeros(6, np.float32), r"got float32 of shape \(6,\)"),
     ],

@@ -36,7 +36,7 @@ BAD_TRAINING = [
     *[("weight_decay", x, f"weight_decay {RATE}") for x in (-1, 1.1e6, NAN, INF, None, "0")],
     *[("max_grad_norm", x, r"max_grad_norm must be > 0 \(inf turns clipping off\)") for x in (0, -1, NAN, "1", None)],
     *[("beta1", x, f"beta1 {BETA}") for x in (1, -0.1, NAN, None)],
-    *[("beta2", x, f"beta2 {BETA}") for x in (1.0, 2, NAN, "0.9")],
+    *[("beta2", x, r"beta2 must be in \[0.5, 1\)") for x in (0.0, 0.4999, 1.0, 2, NAN, "0.9")],
     *[("eps", x, "eps must be finite and >= 1e-30") for x in (0, 1e-31, -1, NAN, INF, None)],
     *[(name, -1, f"{name} must be an integer >= 0") for name in ("warmup_steps", "max_steps", "log_every")],
     *[(name, 2.0, f"{name} must be an integer, got") for name in ("warmup_steps", "max_steps", "log_every")],
@@ -92,7 +92,7 @@ def test_numbers_of_any_kind_become_plain_ones() -> None:
 
 def test_extreme_values_within_the_rules_are_accepted() -> None:
     config = LoraTrainingConfig(
-        learning_rate=1e6, min_learning_rate=1e6, weight_decay=1e6, max_grad_norm=INF, beta1=0, beta2=0, eps=1e-30,
+        learning_rate=1e6, min_learning_rate=1e6, weight_decay=1e6, max_grad_norm=INF, beta1=0, beta2=0.5, eps=1e-30,
         warmup_steps=0, max_steps=2**63 - 1, log_every=0, history_limit=1,
     )  # fmt: skip
     assert config.max_grad_norm == INF
@@ -123,7 +123,11 @@ def test_configs_are_frozen_keyword_only_and_slotted() -> None:
 
 def test_configs_compare_hash_copy_and_pickle_by_value() -> None:
     config = LoraTrainingConfig(lora_config=LoraConfig(rank=3), max_grad_norm=INF)
-    for twin in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), LoraTrainingConfig.from_dict(config.to_dict())):
+    for twin in (
+        copy.deepcopy(config),
+        pickle.loads(pickle.dumps(config)),
+        LoraTrainingConfig.from_dict(config.to_dict()),
+    ):
         assert twin == config
         assert hash(twin) == hash(config)
     assert config != LoraTrainingConfig()

@@ -5,9 +5,9 @@ import pickle
 
 import numpy as np
 import pytest
+from training import same_bits
 
 from cylora import ConfigError, FlatBuffer, InputError
-from training import same_bits
 
 LAYOUT = (("x", (2, 3)), ("y", (5,)), ("z", ()), ("empty", (0, 4)), ("w", (1, 2, 2)))
 SIZE = 6 + 5 + 1 + 0 + 4
@@ -51,7 +51,10 @@ def test_over_uses_the_given_memory() -> None:
 @pytest.mark.parametrize(
     ("over", "message"),
     [
-        (np.zeros(5, np.float32), r"over must be a writable float32 array of shape \(16,\), got float32 of shape \(5,\)"),
+        (
+            np.zeros(5, np.float32),
+            r"over must be a writable float32 array of shape \(16,\), got float32 of shape \(5,\)",
+        ),
         (np.zeros(16), "got float64"),
         ([0.0] * 16, "got list"),
         (np.zeros(32, np.float32)[::2], "over must be C-contiguous and aligned"),
@@ -119,7 +122,7 @@ def test_locate_finds_every_element() -> None:
 @pytest.mark.parametrize("copy_of", [copy.copy, copy.deepcopy, lambda flat: pickle.loads(pickle.dumps(flat))])
 @pytest.mark.parametrize("size", [3, 1 << 14])
 def test_copies_keep_views_and_vector_together(copy_of, size: int) -> None:
-    """Copied attribute by attribute, the views would be arrays of their own: writing to one would not reach the vector."""
+    """Copied attribute by attribute, the views would be arrays of their own: writing to one would miss the vector."""
     flat = FlatBuffer([("a", (size,)), ("b", (2,))], phase=1)
     flat.vector[...] = np.random.default_rng(0).normal(size=size + 2)
     twin = copy_of(flat)

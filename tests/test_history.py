@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from training import make_adapter, make_pair, make_trainer, same_bits
 
 from cylora import ConfigError, FormatError, InputError, StateError, TrainingHistory, TrainingStep
-from training import make_adapter, make_pair, make_trainer, same_bits
 
 NAN, INF = math.nan, math.inf
 ODD_FLOATS = [0.0, -0.0, NAN, INF, -INF, 5e-324, 1.7976931348623157e308, 0.1, 1 / 3, -2.5, 710.0, 1e-17]
@@ -208,7 +208,7 @@ def test_a_column_does_not_change_when_steps_follow() -> None:
 
 
 def test_unknown_column_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match="column must be one of 'step', 'loss', .*'skipped', got 'lr'"):
+    with pytest.raises(ConfigError, match=r"column must be one of 'step', 'loss', .*'skipped', got 'lr'"):
         filled(1).column("lr")
 
 
@@ -219,7 +219,8 @@ def test_to_dicts_under_both_names() -> None:
     history = filled(3)
     assert history.to_dicts() == [step.to_dict() for step in history]
     assert history.to_dicts(names="hf") == [
-        {"step": s.step + 1, "loss": s.loss, "learning_rate": s.learning_rate, "grad_norm": s.grad_norm} for s in history
+        {"step": s.step + 1, "loss": s.loss, "learning_rate": s.learning_rate, "grad_norm": s.grad_norm}
+        for s in history
     ]
     with pytest.raises(ConfigError, match="names must be 'cylora' or 'hf', got 'torch'"):
         history.to_dicts(names="torch")
@@ -288,7 +289,10 @@ BAD_LINES = [
     (row().replace('"loss"', '"step": 1, "loss"'), r"line 2 must be a JSON object, got .*a key is repeated"),
     (row().replace("1.0", "9" * 5000), "line 2 must be a JSON object, got|line 2: loss must be a number"),
     ("{}", "line 2 must have the keys step, loss, .*skipped, got $"),
-    (json.dumps({k: v for k, v in ROW.items() if k != "loss"}), "line 2 must have the keys .*, got step, learning_rate"),
+    (
+        json.dumps({k: v for k, v in ROW.items() if k != "loss"}),
+        "line 2 must have the keys .*, got step, learning_rate",
+    ),
     (row(extra=1), "line 2 must have the keys .*, got .*extra"),
     *[(row(step=x), "line 2: step must be an integer, got") for x in (1.0, "x", None, [], {}, True, "1_0", "1.0")],
     *[(row(step=x), r"line 2: step must be 1 \(0, then one more a row\), got") for x in (0, 2, -1, 10**30)],
@@ -336,7 +340,7 @@ def test_csv_refuses_by_line_and_key(text: str, message: str) -> None:
 def test_text_that_does_not_decode_is_a_format_error(form: str) -> None:
     first = (HEADER if form == "csv" else FIRST).encode()
     stream = io.TextIOWrapper(io.BytesIO(first + b"\n\xff\xfe\n"), encoding="utf-8")
-    with pytest.raises(FormatError, match="line 1 or one soon after must be text .*0xff"):
+    with pytest.raises(FormatError, match=r"line 1 or one soon after must be text .*0xff"):
         getattr(TrainingHistory, f"read_{form}")(stream)
 
 

@@ -6,13 +6,22 @@ import pickle
 
 import numpy as np
 import pytest
-
 import reference
-from cylora import (
-    Adam, AdapterSet, ConfigError, FlatBuffer, Gradients, InputError, NonFiniteGradientError, StateError, clip_grad_norm_,
-    grad_norm, optimizer,
-)  # fmt: skip
 from training import fill, make_adapter, make_set, same_bits
+
+from cylora import (
+    Adam,
+    AdapterSet,
+    ConfigError,
+    FlatBuffer,
+    Gradients,
+    InputError,
+    NonFiniteGradientError,
+    StateError,
+    clip_grad_norm_,
+    grad_norm,
+    optimizer,
+)  # fmt: skip
 
 NAN, INF = math.nan, math.inf
 
@@ -43,7 +52,9 @@ def test_adam_follows_the_papers(mode: str, max_norm: float) -> None:
 def test_adam_defaults_neither_decay_nor_clip() -> None:
     p, twin = normal(9), normal(9)
     Adam(p).step(1000 * normal(9, 1))
-    Adam(twin, learning_rate=3e-4, weight_decay=0.0, max_grad_norm=INF, beta1=0.9, beta2=0.999).step(1000 * normal(9, 1))
+    Adam(twin, learning_rate=3e-4, weight_decay=0.0, max_grad_norm=INF, beta1=0.9, beta2=0.999).step(
+        1000 * normal(9, 1)
+    )
     assert same_bits(p, twin)
     assert abs(abs(p - normal(9)) - 3e-4).max() < 1e-7, "the first step of Adam is the rate in each element"
 
@@ -92,7 +103,10 @@ def test_moments_are_read_only_views_that_follow() -> None:
         (normal(4).reshape(2, 2), r"got float32 of shape \(2, 2\)"),
         (normal(8)[::2], "parameters must be C-contiguous and aligned, got aligned memory"),
         (normal(8)[::-1], "parameters must be C-contiguous and aligned"),
-        (np.zeros(9, np.uint8)[1:].view(np.float32), "parameters must be C-contiguous and aligned, got misaligned memory"),
+        (
+            np.zeros(9, np.uint8)[1:].view(np.float32),
+            "parameters must be C-contiguous and aligned, got misaligned memory",
+        ),
         (np.broadcast_to(np.float32(1), 4), "got read-only float32"),
         (np.zeros(0, np.float32), "parameters must not be empty, got 0 elements"),
         (FlatBuffer([]), "parameters must not be empty"),
@@ -129,14 +143,22 @@ def test_adam_refuses_gradients_and_stays_as_it_was() -> None:
     infinite, nan, huge = (normal(4, 2) for _ in range(3))
     infinite[2], nan[3], huge[0] = -INF, NAN, 1e19
     for bad, kind, message in [
-        (normal(5), InputError, r"gradient must be a C-contiguous, aligned float32 array of shape \(4,\), got numpy.ndarray"),
+        (
+            normal(5),
+            InputError,
+            r"gradient must be a C-contiguous, aligned float32 array of shape \(4,\), got numpy.ndarray",
+        ),
         (None, InputError, "got NoneType, which offers no buffer"),
         (p, InputError, "gradient must not overlap the parameters or the optimizer's state in memory"),
         (adam.m, InputError, "gradient must not overlap the parameters or the optimizer's state"),
         (adam.v, InputError, "gradient must not overlap the parameters or the optimizer's state"),
         (infinite, NonFiniteGradientError, r"gradient of parameters must be finite, got -inf at \[2\]"),
         (nan, NonFiniteGradientError, r"gradient of parameters must be finite, got nan at \[3\]"),
-        (huge, NonFiniteGradientError, r"the gradient's norm must be at most 2\^63 so that its square fits float32, got 9.9999"),
+        (
+            huge,
+            NonFiniteGradientError,
+            r"the gradient's norm must be at most 2\^63 so that its square fits float32, got 9.9999",
+        ),
     ]:
         with pytest.raises(kind, match=message):
             adam.step(bad)

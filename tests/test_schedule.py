@@ -3,9 +3,9 @@
 import math
 
 import pytest
+from training import make_adapter, make_pair, make_trainer
 
 from cylora import LoraTrainer, LoraTrainingConfig, schedule
-from training import make_adapter, make_pair, make_trainer
 
 PEAK, FLOOR = 1e-3, 1e-5
 

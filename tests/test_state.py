@@ -5,9 +5,9 @@ import math
 
 import numpy as np
 import pytest
+from training import fill, fingerprint, make_adapter, make_pair, make_set, make_trainer, same_bits
 
 from cylora import Gradients, LoraTrainer, LoraTrainingConfig, StateError, TrainerBusyError
-from training import fill, fingerprint, make_adapter, make_pair, make_set, make_trainer, same_bits
 
 VARIETIES = {
     "plain": {},
@@ -131,7 +131,9 @@ def test_micro_batches_of_a_state_wait_for_their_adapter() -> None:
     resumed = make_trainer()
     resumed.load_state_dict(state)
     assert resumed.accumulated == 1
-    with pytest.raises(StateError, match="step_accumulated needs the adapter, since nothing has bound this trainer to one"):
+    with pytest.raises(
+        StateError, match="step_accumulated needs the adapter, since nothing has bound this trainer to one"
+    ):
         resumed.step_accumulated()
     with pytest.raises(StateError, match="adapter must have the 33 parameters of the loaded state, got AdapterSet"):
         resumed.step_accumulated(make_set())
@@ -216,7 +218,10 @@ BAD_STATES = [
     (lambda: broken("history.total_steps", 7), "history loss must be float64 of shape"),
     (lambda: broken("accumulated.count", 0), "accumulated count must be an integer >= 1"),
     (lambda: broken("accumulated.weight", 0), "accumulated weight must be finite and >= 1e-30, got 0"),
-    (lambda: broken("accumulated.gradient", np.zeros(32, "f4")), r"accumulated gradient must be float32 of shape \(33,\)"),
+    (
+        lambda: broken("accumulated.gradient", np.zeros(32, "f4")),
+        r"accumulated gradient must be float32 of shape \(33,\)",
+    ),
     (lambda: broken("accumulated", 3), "accumulated must be a mapping with the keys"),
 ]
 
@@ -248,7 +253,9 @@ def test_state_is_refused_while_a_step_is_under_way() -> None:
     def rate(step: int) -> float:
         if step == 1:
             for call in (trainer.state_dict, trainer.discard_accumulated, lambda: trainer.load_state_dict(state)):
-                with pytest.raises(TrainerBusyError, match="this trainer is busy: a step is under way in another thread"):
+                with pytest.raises(
+                    TrainerBusyError, match="this trainer is busy: a step is under way in another thread"
+                ):
                     call()
                 heard.append(call)
         return 0.1

@@ -1,8 +1,9 @@
-"""One trainer, several threads; signals; buffers that shrink under a step: an orderly result or a clear error, never a crash.
+"""One trainer, several threads; signals; buffers that shrink under a step: an orderly result or a clear error.
 
 What could crash an interpreter, and what sends signals, runs in a process of its own.
 """
 
+import contextlib
 import subprocess
 import sys
 import textwrap
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from training import fingerprint, make_adapter, make_pair, make_trainer, same_bits
 
 from cylora import AdapterSet, Gradients, InputError, LoraConfig, LoraTrainer, StateError, TrainerBusyError
-from training import fingerprint, make_adapter, make_pair, make_trainer, same_bits
 
 TESTS = Path(__file__).parent
 
@@ -76,8 +77,7 @@ def test_threads_stepping_one_trainer_take_turns_or_are_refused(threads: int) ->
                 try:
                     trainer.step(1.0, adapter, *pair)
                     done[me] += 1
-                except TrainerBusyError as error:
-                    assert str(error).startswith("this trainer is busy")
+                except TrainerBusyError:
                     busy[me] += 1
 
         return tries
@@ -118,7 +118,7 @@ def test_threads_in_large_steps_meet_a_busy_trainer() -> None:
 
 @pytest.mark.usefixtures("impatient")
 def test_micro_batches_of_two_threads_are_all_there_or_refused() -> None:
-    """Each trial starts with the buffer not made yet. Losses are 1, so a lost or doubled micro-batch shows in the sums."""
+    """Each trial starts without the buffer. Losses are 1, so a lost or doubled micro-batch shows in the sums."""
     for trial in range(300):
         adapter, trainer = make_adapter(), make_trainer()
         ones = np.ones(33, np.float32)
@@ -140,26 +140,25 @@ def test_micro_batches_of_two_threads_are_all_there_or_refused() -> None:
 
 @pytest.mark.usefixtures("impatient")
 def test_steps_micro_batches_and_discards_do_not_mix() -> None:
-    """A step never uses the sum of micro-batches twice, and never drops one in silence: gradients are all ones, so the norm
-    of a mean is that of one gradient whatever was added, unless weights and sums come from different micro-batches.
+    """A step never uses the sum of micro-batches twice, nor a weight that is not theirs.
+
+    Gradients are all ones, so the norm of a mean is that of one gradient, whatever was added.
     """
     adapter, trainer = make_adapter(), make_trainer()
     ones = np.ones(33, np.float32)
     norm = trainer.step(1.0, adapter, ones).grad_norm
-    consumed = {"added": 0, "steps": 1}
+    refusals: set[str] = set()
 
     def accumulate() -> None:
         for i in range(3000):
             try:
                 trainer.accumulate(1.0, adapter, ones, weight=1.0 + i % 3)
-                consumed["added"] += 1
                 if i % 3 == 0:
                     trainer.step_accumulated()
-                    consumed["steps"] += 1
             except TrainerBusyError:
                 pass
-            except StateError as error:
-                assert "got none" in str(error)  # the other thread was faster
+            except StateError as error:  # the other thread was faster
+                refusals.add(str(error))
 
     def interfere() -> None:
         for i in range(3000):
@@ -173,9 +172,10 @@ def test_steps_micro_batches_and_discards_do_not_mix() -> None:
             except TrainerBusyError:
                 pass
             except StateError as error:
-                assert "got none" in str(error) or "micro-batches wait" in str(error)
+                refusals.add(str(error))
 
     run_threads(accumulate, interfere)
+    assert all("got none" in message or "micro-batches wait" in message for message in refusals)
     whole(trainer, adapter)
     norms = trainer.training_history.column("grad_norm")
     np.testing.assert_allclose(norms, norm, rtol=1e-6)
@@ -184,7 +184,7 @@ def test_steps_micro_batches_and_discards_do_not_mix() -> None:
 
 @pytest.mark.usefixtures("impatient")
 def test_states_taken_by_another_thread_are_whole() -> None:
-    """Equal gradients: after n steps m is (1 - 0.9^n) everywhere, so moments of different steps in one state would show."""
+    """Equal gradients: after n steps m is 1 - 0.9^n everywhere, so moments of different steps in a state would show."""
     adapters = AdapterSet({"wide": (1000, 1000)}, LoraConfig(rank=16), seed=0)
     ones, trainer = np.ones(adapters.param_count(), np.float32), make_trainer()
     trainer.step(1.0, adapters, ones)
@@ -194,10 +194,8 @@ def test_states_taken_by_another_thread_are_whole() -> None:
     def train() -> None:
         try:
             for _ in range(400):
-                try:
+                with contextlib.suppress(TrainerBusyError):
                     trainer.step(1.0, adapters, ones)
-                except TrainerBusyError:
-                    pass
         finally:
             finished.set()
 
@@ -282,7 +280,9 @@ def test_a_step_inside_a_step_is_refused_ten_thousand_times() -> None:
     adapter, pair, refused = make_adapter(), make_pair(), []
 
     def rate(step: int) -> float:
-        with pytest.raises(TrainerBusyError, match="a step is under way in another thread or further up this call stack"):
+        with pytest.raises(
+            TrainerBusyError, match="a step is under way in another thread or further up this call stack"
+        ):
             trainer.step(1.0, adapter, *pair)
         refused.append(step)
         return 1e-3
@@ -373,7 +373,8 @@ RESIZING = """
     adam = Adam(parameters)
     for kind in ("bytearray", "mmap", "array"):
         counts["kept"] = 0  # in the end those of array.array, whose BufferError comes only from a call that holds it
-        call = {"step": adam.step, "norm": lambda g: grad_norm([g, g]), "clip": lambda g: clip_grad_norm_([g], 0.5)}[which]
+        norm, clip = (lambda g: grad_norm([g, g])), (lambda g: clip_grad_norm_([g], 0.5))
+        call = {"step": adam.step, "norm": norm, "clip": clip}[which]
         shared = Shared(kind)
         threads = [threading.Thread(target=work, args=(seed, shared, call)) for seed in range(4)]
         for thread in threads: thread.start()
@@ -385,7 +386,7 @@ RESIZING = """
 
 @pytest.mark.parametrize("call", ["step", "norm", "clip"])
 def test_buffers_resized_and_closed_under_a_call_never_crash_it(call: str) -> None:
-    """4 threads, 30,000 tries for each call; two threads mostly use the memory, two mostly resize, close and replace it."""
+    """4 threads, 30,000 tries for each call; two use the memory, two mostly resize, close and replace it."""
     done, refused, kept, changed = map(int, in_a_process(RESIZING, call).split())
     assert done + refused + changed >= 20_000
     assert min(done, kept, changed) > 0
@@ -399,7 +400,8 @@ INTERRUPTED = """
 
     seed, interrupts = int(sys.argv[1]), int(sys.argv[2])
     rng = random.Random(seed)
-    config = {"history_limit": None if seed % 2 else 50, "schedule": (lambda step: 1e-3 / (1 + step)) if seed % 3 else "constant"}
+    config = {"history_limit": None if seed % 2 else 50}
+    config["schedule"] = (lambda step: 1e-3 / (1 + step)) if seed % 3 else "constant"
     adapter, trainer, pair = make_adapter(), make_trainer(**config), make_pair()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     main, caught, waiting = threading.main_thread().ident, 0, threading.Event()
@@ -436,7 +438,7 @@ INTERRUPTED = """
 
 @pytest.mark.parametrize("seed", range(3))
 def test_interrupts_at_random_moments_leave_the_state_whole(seed: int) -> None:
-    """A KeyboardInterrupt strikes a stepping loop 200 times; a twin does the counted number of steps to the same bits."""
+    """A KeyboardInterrupt strikes a stepping loop 200 times; a twin that does the counted steps has the same bits."""
     caught, steps = map(int, in_a_process(INTERRUPTED, seed, 200).split())
     assert caught == 200
     assert steps > 200
@@ -463,7 +465,9 @@ def test_a_busy_trainer_can_be_read() -> None:
     adapter, seen = make_adapter(), []
 
     def rate(step: int) -> float:
-        seen.append((trainer.total_steps(), len(trainer.training_history), trainer.average_loss(), trainer.is_complete()))
+        seen.append(
+            (trainer.total_steps(), len(trainer.training_history), trainer.average_loss(), trainer.is_complete())
+        )
         return 1e-3
 
     trainer = make_trainer(schedule=rate)

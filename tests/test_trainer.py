@@ -9,12 +9,24 @@ import weakref
 
 import numpy as np
 import pytest
+from training import D_IN, RANK, fill, fingerprint, make_adapter, make_pair, make_set, make_trainer, same_bits
 
 from cylora import (
-    Adam, AdapterSet, ConfigError, Gradients, InputError, LoraAdapter, LoraConfig, LoraTrainer, LoraTrainingConfig,
-    NonFiniteGradientError, StateError, TrainerBusyError, TrainingStep, grad_norm,
+    Adam,
+    AdapterSet,
+    ConfigError,
+    Gradients,
+    InputError,
+    LoraAdapter,
+    LoraConfig,
+    LoraTrainer,
+    LoraTrainingConfig,
+    NonFiniteGradientError,
+    StateError,
+    TrainerBusyError,
+    TrainingStep,
+    grad_norm,
 )  # fmt: skip
-from training import D_IN, RANK, fill, fingerprint, make_adapter, make_pair, make_set, make_trainer, same_bits
 
 
 def test_a_new_trainer_has_done_nothing() -> None:
@@ -86,7 +98,9 @@ def test_completion_forbids_nothing() -> None:
     assert LoraTrainer(LoraTrainingConfig(max_steps=0)).is_complete()
 
 
-@pytest.mark.parametrize("loss", [1, 1.5, np.float32(1.5), np.float64(1.5), np.array(1.5), True.real, math.nan, -math.inf])
+@pytest.mark.parametrize(
+    "loss", [1, 1.5, np.float32(1.5), np.float64(1.5), np.array(1.5), True.real, math.nan, -math.inf]
+)
 def test_losses_of_any_real_kind_are_recorded_as_floats(loss: object) -> None:
     record = make_trainer().step(loss, make_adapter(), *make_pair())
     assert type(record.loss) is float
@@ -118,7 +132,10 @@ def test_448_matrices_are_one_call_and_equal_224_separate_adapters() -> None:
     adapters = AdapterSet(names, LoraConfig(rank=2), seed=0)
     assert len(adapters.flat.layout) == 448
     trainer = make_trainer(max_grad_norm=math.inf, weight_decay=0.1)
-    twins = {name: (make_trainer(max_grad_norm=math.inf, weight_decay=0.1), copy.deepcopy(one)) for name, one in adapters.items()}
+    twins = {
+        name: (make_trainer(max_grad_norm=math.inf, weight_decay=0.1), copy.deepcopy(one))
+        for name, one in adapters.items()
+    }
     gradients = Gradients(adapters)
     for step in range(3):
         record = trainer.step(1.0, adapters, fill(gradients, step))
@@ -129,7 +146,9 @@ def test_448_matrices_are_one_call_and_equal_224_separate_adapters() -> None:
         assert same_bits(twin.flat.vector, adapters[name].flat.vector)
     bad = fill(gradients)
     bad["layers.31.down_proj"].grad_b[-1, 1] = np.inf
-    with pytest.raises(NonFiniteGradientError, match=r"gradient of layers.31.down_proj.B must be finite, got inf at \[31, 1\]"):
+    with pytest.raises(
+        NonFiniteGradientError, match=r"gradient of layers.31.down_proj.B must be finite, got inf at \[31, 1\]"
+    ):
         trainer.step(1.0, adapters, bad)
 
 
@@ -148,7 +167,9 @@ def test_a_pair_for_a_whole_set_is_refused(sizes: tuple[int, int]) -> None:
     before = fingerprint(trainer, adapters)
     pair = [np.ones(size, np.float32) for size in sizes]
     for call in (trainer.step, trainer.accumulate):
-        with pytest.raises(InputError, match="gradients of an AdapterSet must be one Gradients or flat vector, got a pair"):
+        with pytest.raises(
+            InputError, match="gradients of an AdapterSet must be one Gradients or flat vector, got a pair"
+        ):
             call(1.0, adapters, *pair)
     assert fingerprint(trainer, adapters) == before
 
@@ -215,7 +236,7 @@ def test_on_step_may_read_but_not_step() -> None:
         for forbidden in (
             lambda: trainer.step(1.0, adapter, *make_pair()),
             lambda: trainer.accumulate(1.0, adapter, *make_pair()),
-            lambda: trainer.step_accumulated(),
+            trainer.step_accumulated,
             lambda: trainer.load_state_dict(state),
         ):
             with pytest.raises(TrainerBusyError, match="this trainer is busy: on_step may read it, but not"):
@@ -286,7 +307,9 @@ def test_gradients_of_another_layout_are_refused() -> None:
     trainer, adapters = make_trainer(), make_set()
     other = AdapterSet({"q": (6, 5), "k": (4, 3), "v": (2, 7)}, LoraConfig(rank=2), seed=0)
     assert other.param_count() == adapters.param_count()
-    with pytest.raises(InputError, match="grad_a must be a Gradients made for AdapterSet.*, got one of another layout"):
+    with pytest.raises(
+        InputError, match=r"grad_a must be a Gradients made for AdapterSet.*, got one of another layout"
+    ):
         trainer.step(1.0, adapters, Gradients(other))
     trainer.step(1.0, adapters, Gradients(make_set(3)))
 
@@ -346,7 +369,9 @@ def test_a_dropped_trainer_frees_its_moments_at_once() -> None:
 def test_a_trainer_is_neither_copied_nor_pickled() -> None:
     """A shallow copy would step the same moments under another count."""
     for call in (copy.copy, copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match=r"a LoraTrainer is not copied or pickled: load its state_dict\(\) into a new"):
+        with pytest.raises(
+            TypeError, match=r"a LoraTrainer is not copied or pickled: load its state_dict\(\) into a new"
+        ):
             call(make_trainer())
 
 

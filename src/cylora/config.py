@@ -14,6 +14,8 @@ MAX_LEARNING_RATE = 1e6
 MAX_DECAY = 1e6  # times the largest rate it must stay far inside float32
 # Below this, eps times the smallest bias correction would leave float32 and a zero gradient could divide 0 by 0.
 MIN_EPS = 1e-30
+# Below this, an increment of v is mostly the old v with its sign changed, and v keeps that one's rounding error.
+MIN_BETA2 = 0.5
 
 SCHEDULES = ("constant", "linear", "cosine", "warmup_stable_decay")
 WEIGHT_DECAY_MODES = ("decoupled", "l2")
@@ -118,7 +120,8 @@ class LoraTrainingConfig(_Validated):
         decaying schedules end; further steps are allowed.
     log_every : int >= 0
         Every so many steps the record goes to the logger ``cylora`` and to ``on_step``; 0 means never.
-    beta1, beta2 : float in [0, 1)
+    beta1 : float in [0, 1)
+    beta2 : float in [0.5, 1)
     eps : float >= 1e-30
         Outside the root, as in Kingma & Ba 2015, algorithm 1.
     weight_decay_mode : "decoupled" or "l2"
@@ -167,8 +170,10 @@ class LoraTrainingConfig(_Validated):
         for name in ("learning_rate", "min_learning_rate"):
             checked = checks.real(name, getattr(self, name), "in [0, 1e6]", lambda x: 0 <= x <= MAX_LEARNING_RATE)
             self._store(**{name: checked})
-        for name in ("beta1", "beta2"):
-            self._store(**{name: checks.real(name, getattr(self, name), "in [0, 1)", lambda x: 0 <= x < 1)})
+        self._store(
+            beta1=checks.real("beta1", self.beta1, "in [0, 1)", lambda x: 0 <= x < 1),
+            beta2=checks.real("beta2", self.beta2, "in [0.5, 1)", lambda x: MIN_BETA2 <= x < 1),
+        )
         for name in ("warmup_steps", "max_steps", "log_every"):
             self._store(**{name: checks.integer(name, getattr(self, name), 0)})
         for name in ("decay_steps", "history_limit"):

@@ -97,14 +97,11 @@ class TrainingHistory(Sequence[TrainingStep]):
     # ------------------------------------------------------------------ writing
 
     def _allocate(self, capacity: int) -> None:
-        """Move to arrays of ``capacity`` rows."""
+        """Move to arrays of ``capacity`` rows, at least as many as before. A ring grows before it first wraps round."""
         rows: NDArray[np.float64] = np.zeros((capacity, 3))
         flags: NDArray[np.uint8] = np.zeros(capacity, np.uint8)
-        kept = len(self)
-        if kept:
-            order = self._order()
-            slots = np.arange(self.total_steps - kept, self.total_steps) % capacity
-            rows[slots], flags[slots] = self._rows[order], self._flags[order]
+        used = len(self._flags)
+        rows[:used], flags[:used] = self._rows, self._flags
         self._rows, self._flags = rows, flags
 
     def make_room(self, known: int = 0) -> bool:
@@ -306,7 +303,7 @@ class TrainingHistory(Sequence[TrainingStep]):
             dtype = np.bool_ if name == "skipped" else np.float64
             checks.array(f"history {name}", values, dtype, (kept,), StateError)
         history._count[0] = total
-        history._allocate(max(kept, FIRST_CAPACITY if history.limit is None else 1))
+        history._allocate(max(kept, len(history._flags)))
         slots = history._order()
         history._rows[slots], history._flags[slots] = np.transpose(columns[:3]), columns[3]
         history._sums[:] = loss_sum, skipped, first_loss

@@ -1,7 +1,6 @@
 """Adam over one flat vector, and global-norm clipping: the numerics, over the compiled kernels."""
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -17,6 +16,9 @@ __all__ = ["MAX_GRADIENT", "Adam", "AdamState", "check_rate", "clip_grad_norm_",
 
 # Above this, the square of a gradient (the second moment) overflows float32. Clipping at or below it makes any one fit.
 MAX_GRADIENT = 2.0**63
+# Clipping divides by at most this: below 2^-130 float32, whose normal numbers end at 2^-126, would hold less than 20 bits
+# of the factor. With max_grad_norm 1 that is four times the largest float32.
+MAX_REDUCTION = 2.0**130
 
 
 def _flat_arrays(grads: Any) -> list[Any]:
@@ -80,7 +82,14 @@ def clip_grad_norm_(grads: Any, max_norm: float) -> float:
     before = clip(_flat_arrays(grads), limit)
     if not math.isfinite(before):
         raise NonFiniteGradientError(f"the norm of grads must be finite, got {before}")
+    if before > limit * MAX_REDUCTION:
+        raise InputError(f"the norm of grads must be at most 2^130 times max_norm, {limit!r}, got {before!r}")
     return before
+
+
+def _norm_limit(max_grad_norm: float) -> float:
+    """Return the largest norm a gradient may have before it is clipped to ``max_grad_norm``."""
+    return max_grad_norm * MAX_REDUCTION if max_grad_norm <= MAX_GRADIENT else MAX_GRADIENT
 
 
 def check_rate(rate: Any) -> float:
@@ -199,7 +208,7 @@ class Adam(PreparedAdam):
             weight_decay=config.weight_decay,
             l2=config.weight_decay_mode == "l2",
             max_grad_norm=config.max_grad_norm,
-            norm_limit=sys.float_info.max if config.max_grad_norm <= MAX_GRADIENT else MAX_GRADIENT,
+            norm_limit=_norm_limit(config.max_grad_norm),
             t=0 if state is None else state.t,
             shape_a=(rows_a, columns_a),
             shape_b=(rows_b, columns_b),
@@ -237,7 +246,7 @@ class Adam(PreparedAdam):
     def refuse(self, norm: float) -> None:
         """Raise for a gradient that must not be applied, or return to have the step counted as skipped."""
         if self._config.nonfinite == "raise":
-            raise self.refusal(norm)
+            raise self.refusal(norm, _norm_limit(self._config.max_grad_norm))
 
     def to_loss(self, loss: Any) -> float:
         """Return what the caller gave as a loss as a float."""
@@ -251,13 +260,11 @@ class Adam(PreparedAdam):
         """Return what this optimizer would continue from: views of the live moments."""
         return AdamState(self._flat.layout, self.m, self.v, self.t)
 
-    def refusal(self, norm: float) -> NonFiniteGradientError:
+    def refusal(self, norm: float, limit: float = MAX_GRADIENT) -> NonFiniteGradientError:
         """Return the error for a gradient of this ``norm``, naming the matrix and the element."""
         if math.isfinite(norm):
-            return NonFiniteGradientError(
-                f"the gradient's norm must be at most 2^63 so that its square fits float32, got {norm:.9g}; "
-                "max_grad_norm below that would clip it"
-            )
+            what = "2^63 so that its square fits float32" if limit == MAX_GRADIENT else "2^130 times max_grad_norm"
+            return NonFiniteGradientError(f"the gradient's norm must be at most {what}, got {norm:.9g}")
         if self.nonfinite_index < 0:
             return NonFiniteGradientError(f"the gradient's norm must be finite, got {norm}")
         name, place = self._flat.locate(self.nonfinite_index)

@@ -8,6 +8,7 @@ Invariants that make the bits equal everywhere:
     calls into this module and a compiler may move arithmetic across that, but not across an opaque call.
 """
 
+from libc.float cimport FLT_MIN
 from libc.math cimport INFINITY, sqrt, sqrtf
 from libc.stdint cimport int64_t, uint32_t
 from cylora.kernels._loops cimport BLOCK, LANES, AdamRule, AdamScalars, NormState
@@ -184,6 +185,8 @@ cdef api void adam_scalars(
     else:
         scalars.root_scale = <float> (bc1 / (rate * sqrt(bc2)))
         scalars.offset = <float> (rule.eps * bc1 / rate)
+        if scalars.offset < FLT_MIN:  # eps, 1 - beta1 and 1 / rate all absurdly small: never divide 0 by 0
+            scalars.offset = FLT_MIN
     scalars.decay = <float> (rule.weight_decay if rule.l2 else rate * rule.weight_decay)
     scalars.l2 = rule.l2
 
@@ -209,10 +212,13 @@ cdef void update_l2(
 ) noexcept nogil:
     cdef float clip = k.clip_scale, c1 = k.one_minus_beta1, c2 = k.one_minus_beta2
     cdef float root_scale = k.root_scale, offset = k.offset, decay = k.decay
+    cdef float bound = 9.2233720368547758e18  # 2^63: callers see to it that g * clip keeps it; a huge weight may not
     cdef float gi, mi, vi
     cdef Py_ssize_t i
     for i in range(n):
         gi = g[i] * clip + decay * p[i]
+        gi = bound if gi > bound else gi
+        gi = -bound if gi < -bound else gi
         mi = m[i] + c1 * (gi - m[i])
         vi = v[i] + c2 * (gi * gi - v[i])
         m[i] = mi

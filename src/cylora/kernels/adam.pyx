@@ -7,7 +7,7 @@ code, and with it a signal handler, runs only in phase 1, so a step happens whol
 
 from cpython.buffer cimport PyBuffer_Release, Py_buffer
 from cpython.float cimport PyFloat_CheckExact
-from cpython.object cimport PyObject, PyTypeObject
+from cpython.object cimport PyTypeObject
 from cpython.ref cimport Py_INCREF
 from cpython.tuple cimport PyTuple_SET_ITEM
 from libc.math cimport exp

@@ -10,6 +10,8 @@ from cylora.kernels.dispatch cimport loops
 
 from cylora.errors import InputError
 
+cdef double MIN_FACTOR = 2.0**-130  # below, float32 holds too few bits of the factor
+
 
 cdef int _by_address(const void* a, const void* b) noexcept nogil:
     cdef size_t x = <size_t> (<const Py_buffer*> a).buf, y = <size_t> (<const Py_buffer*> b).buf
@@ -78,7 +80,8 @@ def norm(list arrays not None):
 def clip(list arrays not None, double max_norm):
     """Scale the arrays in place so that their joint norm is at most ``max_norm``; return the norm before.
 
-    A norm that is not finite is returned with nothing written: the caller decides what to say.
+    A norm that is not finite, or whose factor float32 cannot hold, is returned with nothing written: the caller decides
+    what to say.
     """
     cdef _Borrowed borrowed = _Borrowed(arrays, True)
     cdef double result, factor
@@ -90,7 +93,7 @@ def clip(list arrays not None, double max_norm):
         fp = fp_enter()
         result = borrowed.norm()
         factor = loops.clip_scale(result, max_norm)
-        if factor != 1.0 and result - result == 0.0:
+        if factor != 1.0 and factor >= MIN_FACTOR and result - result == 0.0:
             for i in range(borrowed.count):
                 loops.scale(<float*> borrowed.views[i].buf, borrowed.views[i].len // 4, factor)
         fp_leave(fp)

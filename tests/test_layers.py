@@ -1,0 +1,193 @@
+"""Who may import whom, read from the sources: modules, functions, and the cimports of the kernels."""
+
+import ast
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "cylora"
+
+# Each part of the package and the parts it may import. Everything points downwards.
+ALLOWED = {
+    "errors": set(),
+    "checks": {"errors"},
+    "kernels": {"errors"},
+    "config": {"errors", "checks"},
+    "flat": {"errors", "checks"},
+    "schedule": {"errors", "checks", "config"},
+    "adapter": {"errors", "checks", "config", "flat"},
+    "history": {"errors", "checks", "config"},
+    "accumulation": {"errors", "checks", "flat"},
+    "optimizer": {"errors", "checks", "config", "flat", "kernels"},
+}
+ALLOWED["trainer"] = {*ALLOWED, "adapter"} - {"kernels", "trainer"}
+PUBLIC = {*ALLOWED} - {"kernels", "checks", "accumulation"}
+ALLOWED["package"] = PUBLIC  # cylora/__init__.py
+ABOVE = {*ALLOWED} - {"kernels"}  # what the parts above the trainer may use; "package" for the version
+ALLOWED["formats"] = ABOVE
+ALLOWED["serving"] = ABOVE | {"formats"}
+ALLOWED["tasks"] = ABOVE
+ALLOWED["cli"] = ABOVE | {"formats", "serving", "tasks"}
+ALLOWED["integrations"] = ABOVE | {"formats", "serving"}
+
+HEAVY = {"torch", "peft", "transformers", "mpi4py"}  # for integrations alone
+# Anything else from outside must be asked for by name here.
+OUTSIDE = {"numpy", "safetensors"}
+DANGEROUS_MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "yaml", "subprocess", "pty", "code", "codeop"}
+DANGEROUS_CALLS = {"eval", "exec", "compile", "__import__", "system", "popen", "execv", "execve", "spawnl", "spawnv"}
+
+
+def part_of(path: Path, source: Path) -> str:
+    """Return the part of the package that a file belongs to."""
+    first = path.relative_to(source).parts[0].split(".")[0]
+    if first == "__init__":
+        return "package"
+    return "cli" if first.startswith("_cli") else first
+
+
+def imports_of(path: Path, source: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and dotted name of everything a file imports, wherever it does it."""
+    if path.suffix in (".pyx", ".pxd", ".pxi"):
+        text = re.sub(r'"""[\s\S]*?"""', lambda match: "\n" * match[0].count("\n"), path.read_text())
+        for number, line in enumerate(text.splitlines(), 1):
+            if match := re.match(r"\s*from\s+([\w.]+)\s+c?import\b", line):
+                yield number, match[1]
+            elif match := re.match(r"\s*c?import\s+(\w.*)", line):
+                yield from ((number, name.split()[0]) for name in match[1].split(","))
+            if match := re.search(r"import_module\(f?\"([\w.]+)", line):
+                yield number, match[1].rstrip(".")
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports name the package in full"
+            for alias in node.names:
+                below = source.joinpath(*node.module.split(".")[1:], alias.name)
+                is_module = node.module == "cylora" and (below.is_dir() or below.with_suffix(".py").exists())
+                yield node.lineno, f"{node.module}.{alias.name}" if is_module else node.module
+        elif (
+            isinstance(node, ast.Call)
+            and getattr(node.func, "attr", "") == "import_module"
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            yield node.lineno, node.args[0].value
+
+
+def complaints(source: Path) -> list[str]:
+    """Return what breaks the rules in a copy of the package."""
+    found = []
+    files = sorted(path for path in source.rglob("*") if path.suffix in (".py", ".pyx", ".pxd", ".pxi", ".pyi"))
+    for path in files:
+        part = part_of(path, source)
+        if part not in ALLOWED:
+            found.append(f"{path.name}: no rule for the part {part!r}")
+            continue
+        for line, name in imports_of(path, source):
+            where, root = f"{path.relative_to(source)}:{line}", name.split(".")[0]
+            if root == "cylora":
+                target = name.split(".")[1] if "." in name else "package"
+                target = "cli" if target.startswith("_cli") else target
+                if target != part and target not in ALLOWED[part]:
+                    found.append(f"{where}: {part} must not import {target}")
+            elif root in HEAVY:
+                if part != "integrations":
+                    found.append(f"{where}: only integrations may import {root}")
+            elif root in DANGEROUS_MODULES:
+                found.append(f"{where}: {root} is not used in this package")
+            elif (
+                path.suffix == ".py" and root not in sys.stdlib_module_names | OUTSIDE and part not in ("tasks", "cli")
+            ):
+                found.append(f"{where}: {root} is no dependency")
+        if path.suffix in (".py", ".pyi"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                called = isinstance(node, ast.Call) and (getattr(node.func, "id", "") or getattr(node.func, "attr", ""))
+                is_regex = isinstance(node, ast.Call) and getattr(getattr(node.func, "value", None), "id", "") == "re"
+                if called in DANGEROUS_CALLS and not is_regex:
+                    found.append(f"{path.relative_to(source)}:{node.lineno}: {called}() is not used in this package")
+        if part == "kernels" and re.search(r"(?m)^\s*(from\s+numpy\S*\s+cimport|cimport\s+numpy)", path.read_text()):
+            found.append(f"{path.relative_to(source)}: kernels are built without numpy, so they import it only")
+        if path.suffix not in (".py", ".pyi") and (
+            match := re.search(r"\b(eval|exec|compile|system|popen)\s*\(", path.read_text())
+        ):
+            found.append(f"{path.relative_to(source)}: {match[1]}() is not used in this package")
+    return found
+
+
+def test_imports_point_downwards_only() -> None:
+    assert complaints(SOURCE) == []
+
+
+def test_the_rules_contain_no_cycle() -> None:
+    seen: set[str] = set()
+    while rest := {part for part in ALLOWED if part not in seen}:
+        free = {part for part in rest if ALLOWED[part] <= seen}
+        assert free, f"a cycle among {sorted(rest)}"
+        seen |= free
+
+
+def test_every_module_is_read() -> None:
+    """A package that the walk missed could break every rule."""
+    parts = {part_of(path, SOURCE) for path in SOURCE.rglob("*.py")}
+    assert {"errors", "config", "flat", "kernels", "trainer", "cli", "tasks", "formats", "package"} <= parts
+    assert {name for _, name in imports_of(SOURCE / "kernels" / "adam.pyx", SOURCE)} >= {
+        "cylora.kernels._loops", "cylora.kernels.buffers", "cylora.kernels.dispatch", "cylora.errors", "libc.stdint",
+    }  # fmt: skip
+    assert "cylora.kernels" in {name for _, name in imports_of(SOURCE / "optimizer.py", SOURCE)}
+
+
+WRONG = [
+    ("errors.py", "import cylora.config", "errors.py:.*: errors must not import config"),
+    ("errors.py", "from cylora import checks", "errors must not import checks"),
+    ("checks.py", "from cylora.flat import FlatBuffer", "checks must not import flat"),
+    ("config.py", "from cylora import schedule", "config must not import schedule"),
+    ("flat.py", "from cylora.adapter import LoraAdapter", "flat must not import adapter"),
+    ("schedule.py", "from cylora.trainer import LoraTrainer", "schedule must not import trainer"),
+    ("adapter.py", "from cylora.optimizer import Adam", "adapter must not import optimizer"),
+    ("adapter.py", "from cylora.kernels import norm", "adapter must not import kernels"),
+    ("history.py", "from cylora.flat import FlatBuffer", "history must not import flat"),
+    ("accumulation.py", "from cylora.history import TrainingHistory", "accumulation must not import history"),
+    ("optimizer.py", "from cylora.history import TrainingHistory", "optimizer must not import history"),
+    ("trainer.py", "from cylora.kernels.adam import PreparedAdam", "trainer must not import kernels"),
+    ("trainer.py", "from cylora.formats import adapter_file", "trainer must not import formats"),
+    ("trainer.py", "def f():\n    import cylora.cli", "trainer must not import cli"),
+    ("formats/durable.py", "from cylora import cli", "formats must not import cli"),
+    ("formats/durable.py", "from cylora.kernels import norm", "formats must not import kernels"),
+    ("tasks/run.py", "import cylora._cli_train", "tasks must not import cli"),
+    ("__init__.py", "from cylora.cli import main", "package must not import cli"),
+    ("trainer.py", "def f():\n    import torch", "only integrations may import torch"),
+    ("adapter.py", "from peft import LoraModel", "only integrations may import peft"),
+    ("trainer.py", "import importlib\nimportlib.import_module('mpi4py')", "only integrations may import mpi4py"),
+    ("history.py", "import pickle", "pickle is not used in this package"),
+    ("cli.py", "from subprocess import run", "subprocess is not used in this package"),
+    ("config.py", "eval('1')", r"eval\(\) is not used"),
+    ("tasks/settings.py", "exec('x = 1')", r"exec\(\) is not used"),
+    ("cli.py", "import os\nos.system('true')", r"system\(\) is not used"),
+    ("config.py", "import pandas", "pandas is no dependency"),
+    ("kernels/adam.pyx", "from cylora.flat import FlatBuffer", "kernels must not import flat"),
+    ("kernels/_loops.pxi", "cimport numpy as np", "kernels are built without numpy"),
+    ("kernels/_loops.pxi", "import math as m, torch.x", "only integrations may import torch"),
+    (
+        "kernels/buffers.pyx",
+        "from cylora import config",
+        "kernels must not import package|kernels must not import config",
+    ),
+    ("kernels/buffers.pyx", "import pickle", "pickle is not used"),
+    ("newcomer.py", "", "no rule for the part 'newcomer'"),
+]
+
+
+@pytest.mark.parametrize(("file", "line", "complaint"), WRONG, ids=[f"{file}: {line}" for file, line, _ in WRONG])
+def test_a_wrong_import_is_noticed(file: str, line: str, complaint: str, tmp_path: Path) -> None:
+    """The rules on a copy of the package with one line added."""
+    copy = tmp_path / "cylora"
+    shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__", "data"))
+    target = copy / file
+    target.write_text((target.read_text() if target.exists() else "") + f"\n{line}\n")
+    found = complaints(copy)
+    assert len(found) == 1
+    assert re.search(complaint, found[0])

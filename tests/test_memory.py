@@ -1,0 +1,151 @@
+"""Memory: parameters and two moments, and nothing else that grows with size or with the number of steps."""
+
+import gc
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from training import make_trainer
+
+from cylora import AdapterSet, Gradients, LoraAdapter, LoraConfig, TrainingHistory
+
+KIB = 1024
+# Objects of fixed size around the vectors: names, views, dicts, the history's first rows.
+FIXED = 96 * KIB
+
+
+class Traced:
+    """What the traced part allocated and still held at its end, and the most it held."""
+
+    held: int
+    peak: int
+
+
+@contextmanager
+def traced() -> Iterator[Traced]:
+    gc.collect()
+    tracemalloc.start()
+    result = Traced()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        yield result
+        gc.collect()
+        now, peak = tracemalloc.get_traced_memory()
+        result.held, result.peak = now - before, peak - before
+    finally:
+        tracemalloc.stop()
+
+
+def model(width: int) -> AdapterSet:
+    return AdapterSet({"one": (width, width)}, LoraConfig(rank=8), seed=0)
+
+
+@pytest.mark.parametrize("width", [64, 4096, 65536])
+def test_an_adapter_costs_its_parameters(width: int) -> None:
+    with traced() as cost:
+        adapter = LoraAdapter(width, width, LoraConfig(rank=8), seed=0)
+    assert adapter.memory_bytes() == 64 * width
+    assert adapter.memory_bytes() <= cost.held <= adapter.memory_bytes() + 16 * KIB
+
+
+@pytest.mark.parametrize("width", [64, 4096, 65536])
+def test_training_adds_two_moments(width: int) -> None:
+    adapters = model(width)
+    gradients = Gradients(adapters)
+    with traced() as cost:
+        trainer = make_trainer()
+        trainer.step(1.0, adapters, gradients)
+    size = adapters.memory_bytes()
+    assert 2 * size <= cost.held <= 2 * size + FIXED
+    assert cost.peak <= 2 * size + FIXED
+
+
+@pytest.mark.parametrize("width", [64, 4096, 65536])
+def test_micro_batches_add_one_vector_when_they_are_first_used(width: int) -> None:
+    adapters, trainer = model(width), make_trainer()
+    gradients = Gradients(adapters)
+    trainer.step(1.0, adapters, gradients)
+    with traced() as cost:
+        for _ in range(10):
+            trainer.accumulate(1.0, adapters, gradients)
+            trainer.accumulate(1.0, adapters, gradients)
+            trainer.step_accumulated()
+    size = adapters.memory_bytes()
+    assert size <= cost.held <= size + 16 * KIB
+    assert cost.peak <= size + 16 * KIB
+
+
+def _step(trainer, adapters, gradients) -> None:
+    trainer.step(1.0, adapters, gradients)
+
+
+def _refused(trainer, adapters, gradients) -> None:
+    kept, gradients.vector[-1] = gradients.vector[-1], np.nan
+    with pytest.raises(ValueError, match="must be finite"):
+        trainer.step(1.0, adapters, gradients)
+    gradients.vector[-1] = kept
+
+
+def _accumulated(trainer, adapters, gradients) -> None:
+    trainer.accumulate(1.0, adapters, gradients)
+    trainer.step_accumulated()
+
+
+@pytest.mark.parametrize("call", [_step, _refused, _accumulated])
+@pytest.mark.parametrize("width", [64, 65536])
+def test_a_step_allocates_nothing_that_grows_with_the_model(call: Callable, width: int) -> None:
+    adapters, trainer = model(width), make_trainer()
+    gradients = Gradients(adapters)
+    for _ in range(3):
+        call(trainer, adapters, gradients)
+    with traced() as cost:
+        for _ in range(20):
+            call(trainer, adapters, gradients)
+    assert cost.peak <= 16 * KIB
+    assert cost.held <= 8 * KIB
+
+
+@pytest.mark.parametrize("steps", [1 << 12, 1 << 15])
+def test_history_takes_25_bytes_a_step(steps: int) -> None:
+    """Three doubles and a flag. While it doubles, old and new rows exist side by side."""
+    with traced() as cost:
+        history = TrainingHistory()
+        for _ in range(steps):
+            history.append(loss=1.0, learning_rate=0.1, grad_norm=2.0)
+    assert 25 * steps <= cost.held <= 25 * steps + 8 * KIB
+    assert cost.peak <= 1.6 * 25 * steps + 64 * KIB
+
+
+def test_a_trainers_history_is_its_only_growth() -> None:
+    adapters, trainer = model(64), make_trainer()
+    gradients = Gradients(adapters)
+    for _ in range(1 << 14):
+        trainer.step(1.0, adapters, gradients)
+    with traced() as cost:
+        for _ in range(1 << 14):
+            trainer.step(1.0, adapters, gradients)
+    assert cost.held <= 2 * 25 * (1 << 14) + 8 * KIB
+
+
+def test_a_ring_is_flat() -> None:
+    adapters, trainer = model(64), make_trainer(history_limit=100)
+    gradients = Gradients(adapters)
+    for _ in range(200):
+        trainer.step(1.0, adapters, gradients)
+    with traced() as cost:
+        for _ in range(20_000):
+            trainer.step(1.0, adapters, gradients)
+    assert cost.held <= 4 * KIB
+    assert cost.peak <= 8 * KIB
+
+
+def test_reading_a_history_without_limit_copies_no_column() -> None:
+    columns = {name: np.zeros(100_000) for name in ("loss", "learning_rate", "grad_norm")}
+    totals = {"limit": None, "total_steps": 100_000, "loss_sum": 0.0, "skipped_steps": 0, "first_loss": 0.0}
+    history = TrainingHistory.from_state_dict(totals | columns | {"skipped": np.zeros(100_000, np.bool_)})
+    with traced() as cost:
+        columns = [history.column(name) for name in ("loss", "learning_rate", "grad_norm")]
+    assert cost.held <= 4 * KIB
+    assert all(len(column) == 100_000 for column in columns)
