@@ -278,7 +278,7 @@ def test_the_replaced_optimizer_refuses_to_step() -> None:
         lambda: old.run_step(1.0, *make_pair()),
         lambda: old.accumulate(np.zeros(33, np.float32), 1.0, *make_pair(), 1.0),
     ):
-        with pytest.raises(TrainerBusyError, match="another thread has loaded a state into it meanwhile"):
+        with pytest.raises(TrainerBusyError, match="another thread has given it another state or adapter meanwhile"):
             call()
     assert same_bits(adapter.flat.vector, parameters)
     assert fingerprint(trainer.state_dict()) == fingerprint(before)

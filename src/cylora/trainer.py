@@ -86,11 +86,12 @@ class LoraTrainer:
         InputError, StateError, TrainerBusyError
             If an argument is wrong, the adapter is not the trainer's, or a step is under way.
         """
-        if adapter is not self._adapters or adapter is None or self._calling_back:
-            self._ready(adapter)
+        adam = self._adam  # looked up first: should another thread replace it, the old one refuses
+        if adam is None or adapter is not self._adapters or self._calling_back:
+            adam = self._ready(adapter)
         if grad_b is None:
             grad_a = self._vector_of(grad_a)
-        record: TrainingStep = self._adam.run_step(loss, grad_a, grad_b)  # type: ignore[union-attr]
+        record: TrainingStep = adam.run_step(loss, grad_a, grad_b)
         if self._log_every and (record[0] + 1) % self._log_every == 0:
             self._report(record)
         return record
@@ -110,11 +111,11 @@ class LoraTrainer:
         of tokens, say). A micro-batch that raises has added nothing.
         """
         weight = checks.real("weight", weight, "in [1e-30, 1e30]", lambda x: MIN_WEIGHT <= x <= MAX_WEIGHT, InputError)
-        adam = self._ready(adapter)
+        with self._binding:  # two threads must not make a buffer each
+            adam = self._ready(adapter)
+            buffer = self._accumulation.buffer(adapter.flat.vector.size)
         if grad_b is None:
             grad_a = self._vector_of(grad_a)
-        with self._binding:  # two threads must not make a buffer each
-            buffer = self._accumulation.buffer(adapter.flat.vector.size)
         adam.accumulate(buffer, loss, grad_a, grad_b, weight)
 
     def step_accumulated(self, adapter: LoraAdapter | AdapterSet | None = None) -> TrainingStep:

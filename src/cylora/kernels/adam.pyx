@@ -151,9 +151,9 @@ cdef class PreparedAdam:
     def run_step(self, loss, grad_a, grad_b, bint accumulated=False):
         """Do one scheduled, recorded step; return its record.
 
-        ``accumulated`` says that the gradient is what `accumulate` added up: then the step takes its mean, and that of the
-        losses instead of ``loss``. Otherwise nothing may be waiting there. The floating-point state is the standard one
-        while the schedule runs.
+        ``accumulated`` says that the gradient is what `accumulate` added up: then the step takes its mean, and that of
+        the losses instead of ``loss``. Otherwise nothing may be waiting there. The floating-point state is the standard
+        one while the schedule runs.
         """
         cdef double norm, rate, loss_value, divisor = 1.0
         cdef int64_t step
@@ -261,7 +261,7 @@ cdef class PreparedAdam:
             raise TrainerBusyError(
                 "this trainer is busy: a step is under way in another thread or further up this call stack")
         if self.retired:
-            raise TrainerBusyError("this trainer is busy: another thread has loaded a state into it meanwhile")
+            raise TrainerBusyError("this trainer is busy: another thread has given it another state or adapter meanwhile")
         if self.p == NULL:
             raise ValueError("PreparedAdam was not initialised")
         self.busy = True
