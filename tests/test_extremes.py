@@ -66,7 +66,7 @@ def test_clip_factor_below_float32_is_refused():
     with pytest.raises(NonFiniteGradientError, match=r"at most 2\^130 times max_grad_norm, got 3.*e\+38"):
         adam.step(g)
     assert (p[0], adam.t, adam.m[0]) == (1.0, 0, 0.0)
-    with pytest.raises(InputError, match=r"the norm of grads must be at most 2\^130 times max_norm, 1e-08, got 2.9|got 3"):
+    with pytest.raises(InputError, match=r"the norm of grads must be at most 2\^130 times max_norm, 1e-08, got"):
         clip_grad_norm_([g], 1e-8)
     assert g[0] == np.float32(3e38)
 

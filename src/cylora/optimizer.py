@@ -16,7 +16,7 @@ __all__ = ["MAX_GRADIENT", "Adam", "AdamState", "check_rate", "clip_grad_norm_",
 
 # Above this, the square of a gradient (the second moment) overflows float32. Clipping at or below it makes any one fit.
 MAX_GRADIENT = 2.0**63
-# Clipping divides by at most this: below 2^-130 float32, whose normal numbers end at 2^-126, would hold less than 20 bits
+# Above this, a gradient's square (the second moment) overflows float32. Clipping at or below it makes any fit.
 # of the factor. With max_grad_norm 1 that is four times the largest float32.
 MAX_REDUCTION = 2.0**130
 

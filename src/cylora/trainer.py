@@ -50,8 +50,7 @@ class LoraTrainer:
             raise ConfigError(f"on_step must be callable or None, got {type(on_step).__name__}")
         self.config = LoraTrainingConfig() if config is None else config
         self._rate = schedule.from_config(self.config)
-        self._on_step = on_step
-        self._log_every = self.config.log_every
+        self._report = _reporter(on_step)
         self._history = TrainingHistory(self.config.history_limit)
         self._adapters: LoraAdapter | AdapterSet | None = None
         self._adam: Adam | None = None
@@ -59,7 +58,6 @@ class LoraTrainer:
         self._bound_at: tuple[int, int] | None = None  # steps and micro-batches there were when the adapters came
         self._accumulation = Accumulation()
         self._binding = threading.RLock()  # a signal handler may ask for the state while this thread holds it
-        self._calling_back = False
 
     # ------------------------------------------------------------------ stepping
 
@@ -87,13 +85,11 @@ class LoraTrainer:
             If an argument is wrong, the adapter is not the trainer's, or a step is under way.
         """
         adam = self._adam  # looked up first: should another thread replace it, the old one refuses
-        if adam is None or adapter is not self._adapters or self._calling_back:
+        if adam is None or adapter is not self._adapters:
             adam = self._ready(adapter)
         if grad_b is None:
             grad_a = self._vector_of(grad_a)
         record: TrainingStep = adam.run_step(loss, grad_a, grad_b)
-        if self._log_every and (record[0] + 1) % self._log_every == 0:
-            self._report(record)
         return record
 
     def accumulate(
@@ -129,8 +125,6 @@ class LoraTrainer:
             raise StateError(f"step_accumulated needs {needed if self.accumulated else NO_MICRO_BATCH}")
         adam = self._ready(adapter)
         record: TrainingStep = adam.run_step(None, self._accumulation.gradient, None, True)
-        if self._log_every and (record[0] + 1) % self._log_every == 0:
-            self._report(record)
         return record
 
     def discard_accumulated(self) -> None:
@@ -141,18 +135,6 @@ class LoraTrainer:
     def accumulated(self) -> int:
         """Micro-batches waiting for `step_accumulated`."""
         return self._accumulation.count
-
-    def _report(self, record: TrainingStep) -> None:
-        logger.info(
-            "step %d: loss %.6g, learning rate %.3g, gradient norm %.4g%s",
-            record.step, record.loss, record.learning_rate, record.grad_norm, ", skipped" if record.skipped else "",
-        )  # fmt: skip
-        if self._on_step is not None:
-            self._calling_back = True
-            try:
-                self._on_step(record)
-            finally:
-                self._calling_back = False
 
     # ------------------------------------------------------------------ binding
 
@@ -186,6 +168,10 @@ class LoraTrainer:
         if replaced is not None:
             replaced.retire()
 
+    @property
+    def _calling_back(self) -> bool:
+        return self._adam is not None and self._adam.reporting
+
     def _progress(self) -> tuple[int, int]:
         return self.total_steps(), self.accumulated
 
@@ -199,6 +185,7 @@ class LoraTrainer:
         adam = Adam.for_training(adapter.flat, self.config, state)
         adam.attach(self._rate, schedule.steady_from(self.config), TrainingStep, history)
         adam.attach_pending(*accumulation.buffers())
+        adam.attach_report(self._report, self.config.log_every)
         return adam
 
     def _vector_of(self, gradients: Any) -> Any:
@@ -305,3 +292,17 @@ class LoraTrainer:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a LoraTrainer is not copied or pickled: load its state_dict() into a new one")
+
+
+def _reporter(on_step: Callable[[TrainingStep], object] | None) -> Callable[[TrainingStep], None]:
+    """Return the function that reports a step. It knows no trainer: a cycle would free that one's memory late."""
+
+    def report(record: TrainingStep) -> None:
+        logger.info(
+            "step %d: loss %.6g, learning rate %.3g, gradient norm %.4g%s",
+            record.step, record.loss, record.learning_rate, record.grad_norm, ", skipped" if record.skipped else "",
+        )  # fmt: skip
+        if on_step is not None:
+            on_step(record)
+
+    return report

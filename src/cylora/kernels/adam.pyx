@@ -65,6 +65,9 @@ cdef class PreparedAdam:
     cdef double steady_rate
     cdef object record_type
     cdef object history
+    cdef object report
+    cdef int64_t report_every
+    cdef readonly bint reporting
     cdef double[:, ::1] rows        # (capacity, 3): loss, learning rate, norm
     cdef uint8_t[::1] flags         # (capacity,): skipped
     cdef double[::1] sums           # losses, skipped steps, first loss
@@ -110,6 +113,10 @@ cdef class PreparedAdam:
         self.steady_rate = 0.0 if steady_from is None else self.to_rate(schedule(steady_from))
         self.schedule, self.record_type, self.history = schedule, record_type, history
 
+    def attach_report(self, report, int64_t every):
+        """Call ``report(record)`` after every so many steps (0: never); it may read, but not step."""
+        self.report, self.report_every = report, every
+
     def attach_pending(self, double[::1] sums not None, int64_t[::1] pending not None):
         """Count micro-batches and sum their weighted losses and weights here."""
         if sums.shape[0] != 2 or pending.shape[0] != 1:
@@ -149,12 +156,25 @@ cdef class PreparedAdam:
             self._leave()
 
     def run_step(self, loss, grad_a, grad_b, bint accumulated=False):
-        """Do one scheduled, recorded step; return its record.
+        """Do one scheduled, recorded step, report it if it is time to, and return its record.
 
         ``accumulated`` says that the gradient is what `accumulate` added up: then the step takes its mean, and that of
         the losses instead of ``loss``. Otherwise nothing may be waiting there. The floating-point state is the standard
         one while the schedule runs.
         """
+        cdef int64_t step
+        if self.reporting:
+            raise TrainerBusyError("this trainer is busy: on_step may read it, but not step it")
+        record = self._step(loss, grad_a, grad_b, accumulated, &step)
+        if self.report_every > 0 and (step + 1) % self.report_every == 0:
+            self.reporting = True
+            try:
+                self.report(record)
+            finally:
+                self.reporting = False
+        return record
+
+    cdef object _step(self, object loss, object grad_a, object grad_b, bint accumulated, int64_t* index):
         cdef double norm, rate, loss_value, divisor = 1.0
         cdef int64_t step
         cdef Py_ssize_t slot
@@ -202,6 +222,7 @@ cdef class PreparedAdam:
                 self.count[0] = step + 1
                 if self.pending is not None:
                     self.pending[0] = 0
+                index[0] = step
                 return record
             finally:
                 fp_leave(fp)
