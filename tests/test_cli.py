@@ -260,7 +260,7 @@ WRONG = [
     (["train", "--rank", "0"], "rank must be an integer >= 1, got 0"),
     (["train", "--rank", "none"], "--rank must be an integer, got 'none'"),
     (["train", "--rank", "200"], "rank must be at most 128, the digits network's width, got 200"),
-    (["train", "--alpha", "-1"], "alpha must be finite and > 0, got -1.0"),
+    (["train", "--alpha", "-1"], "alpha must be in (0, 1e6], got -1.0"),
     (["train", "--dropout", "1"], "dropout must be in [0, 1), got 1.0"),
     (["train", "--target-modules", "q_proj"], "target_modules must be layers of the digits network"),
     (["train", "--target-modules", ""], "target_modules must be a non-empty sequence of non-empty names"),
@@ -742,3 +742,57 @@ def test_info_where_the_system_says_little(monkeypatch: pytest.MonkeyPatch, fold
     assert _cli_info._cpu_model(folder / "cpuinfo") == "A CPU"
     (folder / "cpuinfo").write_text("processor : 0\n")
     assert _cli_info._cpu_model(folder / "cpuinfo") == "riscv64"
+
+
+# ---------------------------------------------------------------------- tasks that are wrong in less common ways
+
+
+def test_interrupt_inside_the_task_saves_what_was_learned(run: Any, task: Callable[[str], None], folder: Path) -> None:
+    """A library in the task may have its own handler, so that Ctrl-C surfaces there as KeyboardInterrupt."""
+    task(
+        "first = Task.loss_and_gradients\n"
+        "def interrupted(self, step, gradients):\n"
+        "    if step == 3: raise KeyboardInterrupt\n"
+        "    return first(self, step, gradients)\n"
+        "Task.loss_and_gradients = interrupted\n"
+    )
+    done = run("train", "--task", "mine:Task", "--output", "out", "--max-steps", 8)
+    assert done.code == 130
+    assert "3 steps of 8, stopped early" in done.out
+    assert (folder / "out" / "adapter.safetensors").exists()
+
+
+def test_interrupt_before_the_first_step_leaves_nothing(run: Any, task: Callable[[str], None], folder: Path) -> None:
+    task("def evaluate(self): raise KeyboardInterrupt\nTask.evaluate = evaluate\n")
+    assert run("train", "--task", "mine:Task", "--output", "new/out").code == 130
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("Task = lambda config: None", "the factory must take (lora_config, seed), got too many positional arguments"),
+        (
+            "def swapped(self, step, gradients):\n"
+            "    self.adapters = AdapterSet({'linear': (8, 4)}, seed=1)\n"
+            "    return 0.0\n"
+            "Task.loss_and_gradients = swapped",
+            "adapters must be the same object at every access, got another after step 0",
+        ),
+    ],
+)
+def test_task_that_breaks_the_protocol_in_silence_is_refused(
+    run: Any, task: Callable[[str], None], folder: Path, source: str, message: str
+) -> None:
+    task(source)
+    done = run("train", "--task", "mine:Task", "--output", "new/out")
+    assert (done.code, done.err) == (2, f"cylora: error: task 'mine:Task': {message}\n")
+    assert not (folder / "new").exists()
+
+
+def test_task_factory_without_a_signature_is_called_all_the_same(run: Any, task: Callable[[str], None]) -> None:
+    """Some built-ins do not tell what they take; what they return is checked as ever."""
+    task("Task = type('Factory', (), {'__signature__': 3, '__call__': lambda self, config, seed: 5})()")
+    done = run("train", "--task", "mine:Task", "--output", "new/out")
+    assert done.code in (1, 2)
+    assert "mine:Task" in done.err

@@ -17,7 +17,7 @@ INTEGER, REAL = "must be an integer", "must be"
 BAD_LORA = [
     *[("rank", x, "rank must be an integer >= 1") for x in (0, -1, 2**63)],
     *[("rank", x, "rank must be an integer, got") for x in (1.0, "8", None, True, np.True_, [1], 1j)],
-    *[("alpha", x, "alpha must be finite and > 0") for x in (0, -1.0, NAN, INF, "1", None, True, 1j, np.ones(1), b"1")],
+    *[("alpha", x, r"alpha must be in \(0, 1e6\]") for x in (0, 1.1e6, -1.0, NAN, INF, "1", None, True, 1j, b"1")],
     *[("dropout", x, r"dropout must be in \[0, 1\)") for x in (-1e-9, 1, 1.5, NAN, "0", None, False, np.array("x"))],
     *[
         ("target_modules", x, "target_modules must be a non-empty sequence of non-empty names, got")
@@ -92,11 +92,11 @@ def test_numbers_of_any_kind_become_plain_ones() -> None:
 
 def test_extreme_values_within_the_rules_are_accepted() -> None:
     config = LoraTrainingConfig(
-        learning_rate=1e6, min_learning_rate=1e6, weight_decay=1e6, max_grad_norm=INF, beta1=0, beta2=0.5, eps=1e-30,
-        warmup_steps=0, max_steps=2**63 - 1, log_every=0, history_limit=1,
+        learning_rate=1e6, min_learning_rate=1e6, weight_decay=2e-6, max_grad_norm=INF, beta1=0, beta2=0.5, eps=1e-30,
+        warmup_steps=0, max_steps=2**62, log_every=0, history_limit=1,
     )  # fmt: skip
     assert config.max_grad_norm == INF
-    assert config.max_steps == 2**63 - 1
+    assert config.max_steps == 2**62
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from cylora import Adam, InputError, NonFiniteGradientError, clip_grad_norm_
+from cylora import Adam, InputError, LoraAdapter, LoraTrainer, NonFiniteGradientError, StateError, clip_grad_norm_
 from cylora.config import LoraTrainingConfig
 from cylora.errors import ConfigError
 
@@ -89,3 +89,62 @@ def test_gradient_beyond_two_to_the_63_is_refused_without_clipping():
     assert np.isfinite(adam.v).all()
     with pytest.raises(NonFiniteGradientError, match=r"at most 2\^63 so that its square fits float32, got 9.2233"):
         adam.step(one(np.nextafter(np.float32(2.0**63), np.float32(np.inf))))
+
+
+def test_decay_that_would_grow_the_weights_is_refused():
+    """Decoupled decay multiplies by 1 - rate * decay: beyond 2 that is below -1, and the weights leave float32."""
+    with pytest.raises(ConfigError, match=r"learning_rate times weight_decay must be at most 2 .*, got 3 times 1"):
+        LoraTrainingConfig(learning_rate=3.0, weight_decay=1.0)
+    with pytest.raises(ConfigError, match=r"learning_rate times weight_decay must be at most 2 .*, got 3 times 1"):
+        LoraTrainingConfig(learning_rate=1.0, min_learning_rate=3.0, weight_decay=1.0)
+    assert LoraTrainingConfig(learning_rate=3.0, weight_decay=1.0, weight_decay_mode="l2").learning_rate == 3.0
+    p = one(1.0)
+    adam = Adam(p, learning_rate=0.1, weight_decay=4.0)
+    adam.step(one(0.0), 0.5)
+    for refused in (lambda: adam.step(one(0.0), 0.51), lambda: adam.apply(one(0.0), math.nan)):
+        with pytest.raises(InputError, match=r"learning rate must be a number in \[0, 0.5\] \(2 / weight_decay\), got"):
+            refused()
+    assert (p[0], adam.t) == (-1.0, 1)
+
+
+def scheduled(schedule, **settings):
+    adapter = LoraAdapter(4, 2, seed=0)
+    trainer = LoraTrainer(LoraTrainingConfig(schedule=schedule, **settings))
+    grads = np.ones((8, 4), np.float32), np.ones((2, 8), np.float32)
+    return adapter, trainer, grads
+
+
+def test_schedule_that_poisons_the_gradient_is_caught():
+    """The schedule is asked before the gradients are measured, so whatever it does to them is seen."""
+    adapter, trainer, grads = scheduled(lambda step: (grads[0].fill(np.nan), 0.1)[1])
+    before = adapter.flat.vector.copy()
+    with pytest.raises(NonFiniteGradientError, match="gradient of A must be finite, got nan"):
+        trainer.step(1.0, adapter, *grads)
+    assert np.array_equal(adapter.flat.vector, before)
+    assert trainer.total_steps() == 0
+
+
+def test_schedule_that_writes_the_history_is_refused():
+    adapter, trainer, grads = scheduled(
+        lambda step: (trainer.training_history.append(loss=1.0, learning_rate=0.0, grad_norm=0.0), 0.1)[1]
+    )
+    before = adapter.flat.vector.copy()
+    with pytest.raises(StateError, match="the history changed during the step"):
+        trainer.step(1.0, adapter, *grads)
+    assert np.array_equal(adapter.flat.vector, before)
+
+
+def test_counts_stay_where_a_step_cannot_overflow_them():
+    """total_steps of 2^63 - 1 in a hostile state would make the next step's slot negative."""
+    adapter, trainer, grads = scheduled(lambda step: 0.1, history_limit=3)
+    trainer.step(1.0, adapter, *grads)
+    state = trainer.state_dict()
+    three = {name: np.zeros(3) for name in ("loss", "learning_rate", "grad_norm")} | {"skipped": np.zeros(3, bool)}
+    state["history"] |= {"total_steps": 2**63 - 1, **three}
+    with pytest.raises(StateError, match="history total_steps must be an integer >= 0, got 9223372036854775807"):
+        trainer.load_state_dict(state)
+    state["history"]["total_steps"] = 2**62
+    trainer.load_state_dict(state)
+    for _ in range(5):
+        trainer.step(1.0, adapter, *grads)
+    assert trainer.total_steps() == 2**62 + 5

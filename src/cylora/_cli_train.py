@@ -55,6 +55,10 @@ def train(options: Tables, config_file: Path | None, output: Path | None, *, qui
                         break
             except CyloraError as error:
                 failure = error
+            except KeyboardInterrupt:  # a second Ctrl-C, or a first one where the task has its own handler
+                if interrupt.requested:
+                    folder.discard()
+                    raise
         is_complete = failure is None and run.steps_done >= settings.config.max_steps
         if run.steps_done or is_complete:
             failure = _save(folder, run, settings, failure)

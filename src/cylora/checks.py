@@ -12,7 +12,7 @@ from cylora.errors import ConfigError, CyloraError
 
 __all__ = ["array", "choice", "finite_at_least", "integer", "items", "matrix", "norm_limit", "real", "vector"]
 
-MAX_COUNT = 2**63 - 1
+MAX_COUNT = 2**62  # half of what int64 holds: a count that begins here cannot overflow
 
 
 def integer(

@@ -8,9 +8,11 @@ from typing import Any, Self
 from cylora import checks
 from cylora.errors import ConfigError
 
-__all__ = ["MAX_LEARNING_RATE", "LoraConfig", "LoraTrainingConfig"]
+__all__ = ["MAX_LEARNING_RATE", "MAX_RATE_TIMES_DECAY", "LoraConfig", "LoraTrainingConfig"]
 
 MAX_LEARNING_RATE = 1e6
+MAX_ALPHA = 1e6
+MAX_RATE_TIMES_DECAY = 2.0
 MAX_DECAY = 1e6  # times the largest rate it must stay far inside float32
 # Below this, eps times the smallest bias correction would leave float32 and a zero gradient could divide 0 by 0.
 MIN_EPS = 1e-30
@@ -49,7 +51,7 @@ class LoraConfig(_Validated):
     Parameters
     ----------
     rank : int >= 1
-    alpha : float > 0
+    alpha : float in (0, 1e6]
     dropout : float in [0, 1)
         Probability that an element of the adapter's input is dropped while training.
     target_modules : tuple of str
@@ -83,7 +85,7 @@ class LoraConfig(_Validated):
             raise ConfigError(f"use_rslora must be True or False, got {self.use_rslora!r}")
         self._store(
             rank=checks.integer("rank", self.rank, 1),
-            alpha=checks.real("alpha", self.alpha, "finite and > 0", lambda x: 0 < x < math.inf),
+            alpha=checks.real("alpha", self.alpha, "in (0, 1e6]", lambda x: 0 < x <= MAX_ALPHA),
             dropout=checks.real("dropout", self.dropout, "in [0, 1)", lambda x: 0 <= x < 1),
             target_modules=modules,
         )
@@ -184,6 +186,12 @@ class LoraTrainingConfig(_Validated):
             max_grad_norm=checks.norm_limit("max_grad_norm", self.max_grad_norm, ConfigError),
             eps=checks.real("eps", self.eps, "finite and >= 1e-30", checks.finite_at_least(MIN_EPS)),
         )
+        highest = max(self.learning_rate, self.min_learning_rate)
+        if self.weight_decay_mode == "decoupled" and highest * self.weight_decay > MAX_RATE_TIMES_DECAY:
+            raise ConfigError(
+                "learning_rate times weight_decay must be at most 2 (above, decaying makes weights grow), "
+                f"got {highest:g} times {self.weight_decay:g}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, ``lora_config`` as a dict; a callable schedule stays the callable."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from cylora import checks
-from cylora.config import MAX_LEARNING_RATE, LoraTrainingConfig
+from cylora.config import MAX_LEARNING_RATE, MAX_RATE_TIMES_DECAY, LoraTrainingConfig
 from cylora.errors import InputError, NonFiniteGradientError, StateError
 from cylora.flat import FlatBuffer, FloatArray, Layout
 from cylora.kernels import PreparedAdam, clip, isa, norm, variants
@@ -92,9 +92,18 @@ def _norm_limit(max_grad_norm: float) -> float:
     return max_grad_norm * MAX_REDUCTION if max_grad_norm <= MAX_GRADIENT else MAX_GRADIENT
 
 
-def check_rate(rate: Any) -> float:
-    """Return a learning rate as a float; InputError if it is not a number in [0, 1e6]."""
-    return checks.real("learning rate", rate, "a number in [0, 1e6]", lambda x: 0 <= x <= MAX_LEARNING_RATE, InputError)
+def _max_rate(config: LoraTrainingConfig) -> float:
+    """Return the largest rate: with decoupled decay, one above 2 / weight_decay would make weights grow by decaying."""
+    if config.weight_decay_mode == "l2" or config.weight_decay * MAX_LEARNING_RATE <= MAX_RATE_TIMES_DECAY:
+        return MAX_LEARNING_RATE
+    return MAX_RATE_TIMES_DECAY / config.weight_decay
+
+
+def check_rate(rate: Any, config: LoraTrainingConfig) -> float:
+    """Return a learning rate as a float; InputError if it is not a number in the range a config allows."""
+    limit = _max_rate(config)
+    rule = "a number in [0, 1e6]" if limit == MAX_LEARNING_RATE else f"a number in [0, {limit:g}] (2 / weight_decay)"
+    return checks.real("learning rate", rate, rule, lambda x: 0 <= x <= limit, InputError)
 
 
 class AdamState(NamedTuple):
@@ -172,6 +181,8 @@ class Adam(PreparedAdam):
         weight_decay_mode: str = "decoupled",
         max_grad_norm: float = math.inf,
     ) -> None:
+        if hasattr(self, "_flat"):
+            raise TypeError("an Adam is initialised once")
         config = LoraTrainingConfig(
             learning_rate=learning_rate,
             beta1=beta1,
@@ -183,7 +194,9 @@ class Adam(PreparedAdam):
         )
         flat = parameters
         if not isinstance(flat, FlatBuffer):
-            size = flat.size if isinstance(flat, np.ndarray) else -1
+            if not isinstance(flat, np.ndarray):
+                raise InputError(f"parameters must be a FlatBuffer or a float32 array, got {type(flat).__name__}")
+            size = flat.size
             vector = checks.vector("parameters", flat, size, InputError)
             flat = FlatBuffer([("parameters", vector.shape)], over=vector)
         if flat.vector.size == 0:
@@ -209,6 +222,7 @@ class Adam(PreparedAdam):
             l2=config.weight_decay_mode == "l2",
             max_grad_norm=config.max_grad_norm,
             norm_limit=_norm_limit(config.max_grad_norm),
+            max_rate=_max_rate(config),
             t=0 if state is None else state.t,
             shape_a=(rows_a, columns_a),
             shape_b=(rows_b, columns_b),
@@ -238,7 +252,7 @@ class Adam(PreparedAdam):
         NonFiniteGradientError, InputError, TrainerBusyError
             Nothing was written.
         """
-        rate = self._config.learning_rate if learning_rate is None else check_rate(learning_rate)
+        rate = self._config.learning_rate if learning_rate is None else check_rate(learning_rate, self._config)
         return self.apply(getattr(gradient, "vector", gradient), rate)
 
     # What the kernel asks when something is out of the ordinary.
@@ -254,7 +268,7 @@ class Adam(PreparedAdam):
 
     def to_rate(self, rate: Any) -> float:
         """Return what the schedule gave as a float."""
-        return check_rate(rate)
+        return check_rate(rate, self._config)
 
     def state(self) -> AdamState:
         """Return what this optimizer would continue from: views of the live moments."""

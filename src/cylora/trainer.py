@@ -1,6 +1,7 @@
 """LoraTrainer: one call for each step, which happens wholly or not at all."""
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
@@ -38,7 +39,8 @@ class LoraTrainer:
     Notes
     -----
     The trainer belongs to the adapters of its first step that succeeds. One thread steps it at a time: a second one
-    gets a TrainerBusyError. Several trainers run in parallel, since a step releases the GIL while it computes.
+    gets a TrainerBusyError. Several trainers run in parallel, since all but small steps release the GIL. A forked child
+    may go on with a trainer, unless another thread was stepping it at the fork: then every call is a StateError.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class LoraTrainer:
         self._restored: AdamState | None = None  # loaded before the first step, until then
         self._bound_at: tuple[int, int] | None = None  # steps and micro-batches there were when the adapters came
         self._accumulation = Accumulation()
-        self._binding = threading.RLock()  # a signal handler may ask for the state while this thread holds it
+        self._lock, self._lock_process = threading.RLock(), os.getpid()
 
     # ------------------------------------------------------------------ stepping
 
@@ -104,7 +106,8 @@ class LoraTrainer:
         """Add one micro-batch to the step that `step_accumulated` will do. Arguments and errors as for `step`.
 
         That step uses the mean of the gradients and of the losses, weighted by ``weight`` (in [1e-30, 1e30]; the number
-        of tokens, say). A micro-batch that raises has added nothing.
+        of tokens, say). A micro-batch that raises has added nothing; one that is not finite always raises, also where
+        ``config.nonfinite`` is "skip".
         """
         weight = checks.real("weight", weight, "in [1e-30, 1e30]", lambda x: MIN_WEIGHT <= x <= MAX_WEIGHT, InputError)
         with self._binding:  # two threads must not make a buffer each
@@ -150,7 +153,8 @@ class LoraTrainer:
             elif adapter is not self._adapters and self._progress() == self._bound_at:
                 self._adam.exclusively(lambda: self._bind(adapter))  # every step of the first one was refused
             if adapter is not self._adapters:
-                raise StateError(f"adapter must be the one of the first step, {self._adapters!r}, got {adapter!r}")
+                first = f"the one of the first step, {self._adapters!r}"
+                raise StateError(f"adapter must be {first}, got another, {adapter!r}")
             return self._adam  # type: ignore[return-value]
 
     def _bind(self, adapter: LoraAdapter | AdapterSet) -> None:
@@ -167,6 +171,13 @@ class LoraTrainer:
         self._adam, self._adapters, self._restored, self._bound_at = adam, adapter, None, progress
         if replaced is not None:
             replaced.retire()
+
+    @property
+    def _binding(self) -> Any:
+        """The lock of binding and of the state. Re-entrant: a signal handler may ask for the state under it."""
+        if self._lock_process != os.getpid():  # forked: whoever held it may not exist in this process
+            self._lock, self._lock_process = threading.RLock(), os.getpid()
+        return self._lock
 
     @property
     def _calling_back(self) -> bool:
@@ -212,7 +223,7 @@ class LoraTrainer:
 
     def current_lr(self) -> float:
         """Return the rate the next step will use."""
-        return check_rate(self._rate(self.total_steps()))
+        return check_rate(self._rate(self.total_steps()), self.config)
 
     def total_steps(self) -> int:
         """Return the number of steps done, skipped ones included."""
@@ -298,10 +309,12 @@ def _reporter(on_step: Callable[[TrainingStep], object] | None) -> Callable[[Tra
     """Return the function that reports a step. It knows no trainer: a cycle would free that one's memory late."""
 
     def report(record: TrainingStep) -> None:
-        logger.info(
-            "step %d: loss %.6g, learning rate %.3g, gradient norm %.4g%s",
-            record.step, record.loss, record.learning_rate, record.grad_norm, ", skipped" if record.skipped else "",
-        )  # fmt: skip
+        if logger.isEnabledFor(logging.INFO):  # asked first: taking the record apart costs more than a small step
+            logger.info(
+                "step %d: loss %.6g, learning rate %.3g, gradient norm %.4g%s",
+                *record[:4],
+                ", skipped" if record.skipped else "",
+            )
         if on_step is not None:
             on_step(record)
 

@@ -3,6 +3,7 @@ from typing import Any
 
 from typing_extensions import disjoint_base
 
+def _count_fork() -> None: ...
 @disjoint_base
 class PreparedAdam:
     @property
@@ -28,6 +29,7 @@ class PreparedAdam:
         l2: bool,
         max_grad_norm: float,
         norm_limit: float,
+        max_rate: float = 1e6,
         t: int = 0,
         shape_a: tuple[int, int] = (-1, -1),
         shape_b: tuple[int, int] = (-1, -1),

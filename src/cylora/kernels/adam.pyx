@@ -5,6 +5,8 @@ rate, makes room for the record. It may refuse by raising. Phase 2 writes and ca
 code, and with it a signal handler, runs only in phase 1, so a step happens wholly or not at all.
 """
 
+import os
+
 from cpython.buffer cimport PyBuffer_Release, Py_buffer
 from cpython.float cimport PyFloat_CheckExact
 from cpython.object cimport PyTypeObject
@@ -26,6 +28,16 @@ cdef extern from *:
     """
     object allocate "cylora_alloc"(PyTypeObject* kind, Py_ssize_t items)
 
+
+cdef int64_t fork_count = 0
+
+
+def _count_fork():
+    global fork_count
+    fork_count += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
 
 cdef enum:
     # Elements up to which the GIL stays held: at most some 5 us. Letting go and retaking it twice would cost 0.1 us, a
@@ -52,8 +64,10 @@ cdef class PreparedAdam:
     cdef AdamRule rule
     cdef double max_norm
     cdef double norm_limit
+    cdef double max_rate
     cdef readonly int64_t t
     cdef readonly bint busy
+    cdef int64_t fork_count
     cdef bint retired
     cdef readonly Py_ssize_t nonfinite_index
     cdef readonly double nonfinite_value
@@ -78,7 +92,7 @@ cdef class PreparedAdam:
     def __init__(
         self, float[::1] parameters not None, float[::1] m not None, float[::1] v not None, *,
         double beta1, double beta2, double eps, double weight_decay, bint l2, double max_grad_norm, double norm_limit,
-        int64_t t=0, shape_a=(-1, -1), shape_b=(-1, -1),
+        double max_rate=1e6, int64_t t=0, shape_a=(-1, -1), shape_b=(-1, -1),
     ):
         if self.p != NULL:
             raise TypeError("PreparedAdam is initialised once")
@@ -93,7 +107,7 @@ cdef class PreparedAdam:
         self.n = parameters.shape[0]
         self.pending_sums = self.pending = None  # a memoryview never assigned is not None, but NULL
         self.rule = AdamRule(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, l2=l2)
-        self.max_norm, self.norm_limit = max_grad_norm, norm_limit
+        self.max_norm, self.norm_limit, self.max_rate = max_grad_norm, norm_limit, max_rate
         self.t = t
         self.nonfinite_index = -1
         self.p = &parameters[0]
@@ -106,9 +120,13 @@ cdef class PreparedAdam:
         ``history.buffers()`` gives its live arrays; ``history.make_room(capacity)`` says whether they are now others than
         those of that capacity.
         """
-        if not issubclass(record_type, tuple) or record_type.__itemsize__ != tuple.__itemsize__:
+        if not isinstance(record_type, type) or not issubclass(record_type, tuple) or record_type.__itemsize__ != tuple.__itemsize__:
             raise TypeError("record_type must be a tuple type")
-        self._take(history.buffers())
+        self._enter()
+        try:
+            self._take(history.buffers())
+        finally:
+            self._leave()
         self.steady_from = INT64_MAX if steady_from is None else steady_from
         self.steady_rate = 0.0 if steady_from is None else self.to_rate(schedule(steady_from))
         self.schedule, self.record_type, self.history = schedule, record_type, history
@@ -141,6 +159,8 @@ cdef class PreparedAdam:
         cdef uint64_t fp
         self._enter()
         try:
+            if not 0.0 <= rate <= self.max_rate:
+                rate = self.to_rate(rate)
             self._borrow(gradient, None)
             fp = fp_enter()
             try:
@@ -198,14 +218,17 @@ cdef class PreparedAdam:
                     loss_value = self.pending_sums[0] / divisor
                 else:
                     loss_value = loss if PyFloat_CheckExact(loss) else self.to_loss(loss)
-                norm = self._measure() / divisor
                 step = self.count[0]
                 rate = self._scheduled(step)
+                if step >= self.rows.shape[0] and self.history.make_room(self.rows.shape[0]):
+                    self._take(self.history.buffers())
+                if self.count[0] != step:
+                    raise StateError("the history changed during the step: its schedule or loss wrote to it")
+                fp_enter()  # again: a callable schedule, or a loss's __float__, may have changed the state
+                norm = self._measure() / divisor
                 if not norm <= self.norm_limit:
                     self.refuse(norm)
                     skipped = True
-                if step >= self.rows.shape[0] and self.history.make_room(self.rows.shape[0]):
-                    self._take(self.history.buffers())
                 slot = step % self.rows.shape[0]
                 record = self._record(step, loss_value, rate, norm, skipped)
                 if not skipped:
@@ -246,6 +269,7 @@ cdef class PreparedAdam:
             fp = fp_enter()
             try:
                 loss_value = loss if PyFloat_CheckExact(loss) else self.to_loss(loss)
+                fp_enter()  # again: a loss's __float__ may have changed the state
                 norm = self._measure()
                 # Whatever the clipping, the weighted gradient itself must fit float32.
                 if not norm * max(weight, 1.0) <= 2.0**63:
@@ -272,12 +296,16 @@ cdef class PreparedAdam:
         cdef uint8_t[::1] flags = buffers[1]
         cdef double[::1] sums = buffers[2]
         cdef int64_t[::1] count = buffers[3]
-        if rows.shape[1] != 3 or flags.shape[0] != rows.shape[0] or sums.shape[0] != 3 or count.shape[0] != 1:
+        if rows.shape[0] == 0 or rows.shape[1] != 3 or flags.shape[0] != rows.shape[0] or sums.shape[0] != 3 or count.shape[0] != 1:
             raise ValueError("a history's buffers must be (capacity, 3), (capacity,), (3,) and (1,)")
         self.rows, self.flags, self.sums, self.count = rows, flags, sums, count
         return 0
 
     cdef int _enter(self) except -1:
+        if self.busy and self.fork_count != fork_count:
+            raise StateError(
+                "this process was forked while another thread was in a step of this trainer: its parameters may be half "
+                "updated; make a new trainer and load a state")
         if self.busy:
             raise TrainerBusyError(
                 "this trainer is busy: a step is under way in another thread or further up this call stack")
@@ -286,6 +314,7 @@ cdef class PreparedAdam:
         if self.p == NULL:
             raise ValueError("PreparedAdam was not initialised")
         self.busy = True
+        self.fork_count = fork_count
         return 0
 
     cdef void _leave(self) noexcept:
@@ -354,7 +383,7 @@ cdef class PreparedAdam:
         if step >= self.steady_from:
             return self.steady_rate
         rate = self.schedule(step)
-        if PyFloat_CheckExact(rate) and 0.0 <= <double> rate <= 1e6:
+        if PyFloat_CheckExact(rate) and 0.0 <= <double> rate <= self.max_rate:
             return <double> rate
         return self.to_rate(rate)
 

@@ -7,7 +7,7 @@ twice as much and its errors name neither the argument nor what was got. State t
 from cpython.buffer cimport (
     PyBUF_C_CONTIGUOUS, PyBUF_FORMAT, PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer, Py_buffer,
 )
-from cpython.exc cimport PyErr_Clear
+from cpython.exc cimport PyErr_Clear, PyErr_ExceptionMatches
 from cpython.object cimport PyObject, PyTypeObject
 
 import numpy as np
@@ -49,6 +49,12 @@ cdef extern from *:
         int flags
     NdArray* ndarray_of "CYLORA_NDARRAY"(object array) noexcept nogil
     bint has_release "cylora_has_release"(PyTypeObject* kind) noexcept
+
+cdef extern from *:
+    """
+    #define cylora_reraise() (-1)
+    """
+    int reraise "cylora_reraise"() except -1
 
 cdef extern from "Python.h":
     bint is_exactly "Py_IS_TYPE"(object instance, PyTypeObject* kind) noexcept
@@ -134,6 +140,10 @@ cdef int acquire(object provider, Py_buffer* view, str name, Py_ssize_t rows, Py
     if _take_ndarray(provider, view, rows, columns, writable):
         return 0
     if borrow(provider, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (PyBUF_WRITABLE if writable else 0)) != 0:
+        if not (
+            PyErr_ExceptionMatches(BufferError) or PyErr_ExceptionMatches(TypeError) or PyErr_ExceptionMatches(ValueError)
+        ):
+            reraise()  # KeyboardInterrupt, MemoryError: not about the buffer
         PyErr_Clear()
         _refuse(provider, name, rows, columns, writable)
     if not _is_float32(view) or not _has_shape(view, rows, columns) or <size_t> view.buf % 4 != 0:

@@ -24,6 +24,7 @@ Saved as nudge.py, it runs with ``cylora train --task nudge:Nudge --learning-rat
 """
 
 import importlib
+import inspect
 import math
 import numbers
 import sysconfig
@@ -133,7 +134,14 @@ class CheckedTask:
 
     def __init__(self, name: str, factory: TaskFactory, lora_config: LoraConfig, seed: int) -> None:
         self.name = name
+        try:
+            inspect.signature(factory).bind(lora_config, seed)
+        except ValueError:  # a built-in that does not tell
+            pass
+        except TypeError as error:
+            raise self._broken("the factory must take (lora_config, seed)", str(error)) from None
         task = self._call("the factory", factory, lora_config, seed)
+        self._task = task
         adapters = self._call("adapters", getattr, task, "adapters", None)
         if not isinstance(adapters, AdapterSet):
             raise self._broken("adapters must be an AdapterSet", type(adapters).__name__)
@@ -157,6 +165,8 @@ class CheckedTask:
         """Let the task fill ``gradients`` (zeroed first) and return its loss, a real number, finite or not."""
         gradients.zero_()
         loss = self._call(f"loss_and_gradients at step {step}", self._loss, step, gradients)
+        if getattr(self._task, "adapters", None) is not self.adapters:
+            raise self._broken("adapters must be the same object at every access", f"another after step {step}")
         number = _real(loss)
         if number is None:
             raise self._broken(f"loss_and_gradients must return a number at step {step}", repr(loss))
