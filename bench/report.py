@@ -181,7 +181,7 @@ def as_table(results: list[Result], *, markdown: bool) -> str:
 
 def draw(results: list[Result], machine: dict[str, str | int], path: Path) -> None:
     """Draw the peers' ratios over size, one panel per subject."""
-    import matplotlib  # noqa: PLC0415 - only for --png
+    import matplotlib  # noqa: PLC0415 - last, so that the table needs none
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
@@ -225,7 +225,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the order of turns")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw ratio over size (needs matplotlib)")
+    parser.add_argument(
+        "--png",
+        type=Path,
+        metavar="FILE",
+        default=Path(__file__).with_suffix(".png"),
+        help="where to draw ratio over size (default: bench/report.png)",
+    )
     options = parser.parse_args(argv)
     try:
         options.cases = [case_named(name) for name in options.cases]
@@ -256,8 +262,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.json:
         document = {"machine": machine, "results": [asdict(r) for r in results]}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
-    if options.png:
-        draw(results, machine, options.png)
+    draw(results, machine, options.png)
+    print(f"drawn: {options.png}", file=sys.stderr)
 
 
 if __name__ == "__main__":
