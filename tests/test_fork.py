@@ -103,3 +103,12 @@ def test_child_is_not_locked_out_by_a_lock_of_its_parent():
         release.set()
         thread.join()
     assert outcome == 0
+
+
+def test_lock_of_another_process_is_replaced(monkeypatch):
+    """The same, seen from inside one process: a lock belongs to the process that made it."""
+    trainer, _, _ = trained(32)
+    first = trainer._binding
+    assert trainer._binding is first
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert trainer._binding is not first
