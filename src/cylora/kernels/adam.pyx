@@ -120,7 +120,8 @@ cdef class PreparedAdam:
         ``history.buffers()`` gives its live arrays; ``history.make_room(capacity)`` says whether they are now others than
         those of that capacity.
         """
-        if not isinstance(record_type, type) or not issubclass(record_type, tuple) or record_type.__itemsize__ != tuple.__itemsize__:
+        is_tuple = isinstance(record_type, type) and issubclass(record_type, tuple)
+        if not is_tuple or record_type.__itemsize__ != tuple.__itemsize__:
             raise TypeError("record_type must be a tuple type")
         self._enter()
         try:
