@@ -12,6 +12,8 @@ from cylora import AdapterSet, Gradients, LoraConfig, LoraTrainer, LoraTrainingC
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
+TOO_LATE = 3
+
 
 def in_child(work):
     """Run ``work`` in a forked child; return what its exit code says."""
@@ -68,6 +70,8 @@ def test_child_of_a_process_in_the_middle_of_a_step_is_told():
             trainer.step(1.0, adapters, gradients)
 
     def work():
+        if not trainer._adam.busy:
+            os._exit(TOO_LATE)
         with pytest.raises(StateError, match="forked while another thread was in a step"):
             trainer.step(1.0, adapters, gradients)
         with pytest.raises(StateError, match="forked while another thread was in a step"):
@@ -76,9 +80,11 @@ def test_child_of_a_process_in_the_middle_of_a_step_is_told():
     thread = threading.Thread(target=steps)
     thread.start()
     try:
-        while not trainer._adam.busy:
-            time.sleep(0)
-        outcome = in_child(work)
+        outcome = TOO_LATE
+        while outcome == TOO_LATE:  # the step was over before the fork: once more
+            while not trainer._adam.busy:
+                time.sleep(0)
+            outcome = in_child(work)
     finally:
         stop.set()
         thread.join()

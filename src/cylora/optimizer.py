@@ -14,10 +14,10 @@ from cylora.kernels import PreparedAdam, clip, isa, norm, variants
 
 __all__ = ["MAX_GRADIENT", "Adam", "AdamState", "check_rate", "clip_grad_norm_", "grad_norm", "isa", "variants"]
 
-# Above this, the square of a gradient (the second moment) overflows float32. Clipping at or below it makes any one fit.
-MAX_GRADIENT = 2.0**63
 # Above this, a gradient's square (the second moment) overflows float32. Clipping at or below it makes any fit.
-# of the factor. With max_grad_norm 1 that is four times the largest float32.
+MAX_GRADIENT = 2.0**63
+# Clipping divides by at most this: below 2^-130 float32, whose normal numbers end at 2^-126, holds less than 20 bits of
+# the factor. With max_grad_norm 1 that is four times the largest float32.
 MAX_REDUCTION = 2.0**130
 
 

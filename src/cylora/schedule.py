@@ -64,8 +64,8 @@ def warmup_stable_decay(
     Hu et al. 2024 (arXiv:2404.06395), section 4, with a linear instead of an exponential decay. It begins no earlier
     than the warm-up ends.
     """
-    decay = linear(learning_rate, max(total_steps - decay_steps, warmup_steps), total_steps, min_learning_rate)
     start = max(total_steps - decay_steps, warmup_steps)
+    decay = linear(learning_rate, start, total_steps, min_learning_rate)
     warm = constant(learning_rate, warmup_steps)
 
     def rate(step: int) -> float:
