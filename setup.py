@@ -15,7 +15,7 @@ FLAGS = [*IEEE, "-O3", "-ffp-contract=off", "-fno-math-errno"]
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 # One source of the loops, one module for each instruction set: (module, flags).
 VARIANTS = [("_baseline", [])] + ([("_x86_64_v3", ["-march=x86-64-v3"])] if X86_64 else [])
-MODULES = ["_cpu", "dispatch", "buffers", "arrays", "adam"]
+MODULES = ["_cpu", "dispatch", "buffers", "arrays", "threads", "adam", "many"]
 
 DEBUG = os.environ.get("CYLORA_DEBUG") == "1"
 BUILD = "build/debug" if DEBUG else "build"  # apart, because neither Cython nor setuptools would see that they differ

@@ -21,6 +21,7 @@ from cylora.errors import (
 )
 from cylora.flat import FlatBuffer
 from cylora.history import TrainingHistory, TrainingStep
+from cylora.many import step_many
 from cylora.optimizer import Adam, clip_grad_norm_, grad_norm
 from cylora.trainer import LoraTrainer
 
@@ -46,6 +47,7 @@ __all__ = [
     "TrainingStep",
     "clip_grad_norm_",
     "grad_norm",
+    "step_many",
 ]
 
 __version__ = "0.1.0"

@@ -1,6 +1,7 @@
 """LoraConfig and LoraTrainingConfig: frozen, keyword-only, and valid from the moment they exist."""
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
@@ -8,7 +9,7 @@ from typing import Any, Self
 from cylora import checks
 from cylora.errors import ConfigError
 
-__all__ = ["MAX_LEARNING_RATE", "MAX_RATE_TIMES_DECAY", "LoraConfig", "LoraTrainingConfig"]
+__all__ = ["MAX_LEARNING_RATE", "MAX_RATE_TIMES_DECAY", "STATE_DTYPES", "LoraConfig", "LoraTrainingConfig", "thread_count"]
 
 MAX_LEARNING_RATE = 1e6
 MAX_ALPHA = 1e6
@@ -22,6 +23,8 @@ MIN_BETA2 = 0.5
 SCHEDULES = ("constant", "linear", "cosine", "warmup_stable_decay")
 WEIGHT_DECAY_MODES = ("decoupled", "l2")
 NONFINITE_POLICIES = ("raise", "skip")
+STATE_DTYPES = ("float32", "bfloat16", "8bit")
+MAX_THREADS = 64
 
 
 def _known_keys(cls: type, values: object) -> dict[str, Any]:
@@ -32,6 +35,18 @@ def _known_keys(cls: type, values: object) -> dict[str, Any]:
         if key not in known:
             raise ConfigError(f"{cls.__name__} has no field {key!r}; its fields are {', '.join(known)}")
     return dict(values)
+
+
+def thread_count(threads: int | None) -> int:
+    """Return a valid number of threads: ``threads``, or where that is None CYLORA_NUM_THREADS, or 1; or a ConfigError."""
+    if threads is not None:
+        return checks.integer("threads (if not None)", threads, 1, MAX_THREADS)
+    text = os.environ.get("CYLORA_NUM_THREADS", "").strip()
+    if not text:
+        return 1
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_THREADS):
+        raise ConfigError(f"CYLORA_NUM_THREADS must be an integer in 1..{MAX_THREADS}, got {text!r}")
+    return int(text)
 
 
 class _Validated:
@@ -138,6 +153,14 @@ class LoraTrainingConfig(_Validated):
         What a non-finite gradient does: raise NonFiniteGradientError, or count a step that changes nothing.
     history_limit : int >= 1 or None
         How many records the history keeps; its totals stay those of all steps. None keeps all.
+    state_dtype : "float32", "bfloat16" or "8bit"
+        How Adam's m and v are stored: in 8, 4 or 2.01 bytes for each parameter. The arithmetic is float32 all the same.
+        The compact forms round stochastically (unbiased, the same bits on any machine and number of threads): a step's
+        direction carries noise of a few per cent with bfloat16 and of some 10 % with 8 bits, which averages out.
+        They are faster than float32 only where the state does not fit the caches.
+    threads : int in 1..64, or None
+        Most threads that one step may use, its caller's included; it uses fewer where the work does not outweigh the
+        hand-off. None: the environment variable CYLORA_NUM_THREADS, or 1. No bit of any result depends on it.
 
     Raises
     ------
@@ -161,6 +184,8 @@ class LoraTrainingConfig(_Validated):
     decay_steps: int | None = None
     nonfinite: str = "raise"
     history_limit: int | None = None
+    state_dtype: str = "float32"
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.lora_config, LoraConfig):
@@ -169,6 +194,9 @@ class LoraTrainingConfig(_Validated):
             checks.choice("schedule", self.schedule, SCHEDULES)
         checks.choice("weight_decay_mode", self.weight_decay_mode, WEIGHT_DECAY_MODES)
         checks.choice("nonfinite", self.nonfinite, NONFINITE_POLICIES)
+        checks.choice("state_dtype", self.state_dtype, STATE_DTYPES)
+        if self.threads is not None:
+            self._store(threads=thread_count(self.threads))
         for name in ("learning_rate", "min_learning_rate"):
             checked = checks.real(name, getattr(self, name), "in [0, 1e6]", lambda x: 0 <= x <= MAX_LEARNING_RATE)
             self._store(**{name: checked})

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from cylora import checks
 from cylora.errors import ConfigError, InputError
 
-__all__ = ["FlatBuffer", "FloatArray", "Layout"]
+__all__ = ["FlatBuffer", "FloatArray", "Layout", "aligned_zeros"]
 
 FloatArray = NDArray[np.float32]
 Layout = tuple[tuple[str, tuple[int, ...]], ...]
@@ -36,11 +36,13 @@ def _checked(layout: Iterable[tuple[str, tuple[int, ...]]]) -> Layout:
     return checked
 
 
-def _aligned_zeros(size: int, phase: int) -> FloatArray:
+def aligned_zeros(size: int, dtype: DTypeLike, *, phase: int) -> NDArray[Any]:
+    """Return a zeroed vector at a 64-byte boundary, a large one in the given quarter of a memory page."""
+    n_bytes = size * np.dtype(dtype).itemsize
     period, offset = (PAGE, phase * PAGE // 4) if size >= PHASED_SIZE else (ALIGNMENT, 0)
-    raw = np.zeros(4 * size + period, np.uint8)
+    raw = np.zeros(n_bytes + period, np.uint8)
     start = (offset - raw.ctypes.data) % period
-    return raw[start : start + 4 * size].view(np.float32)
+    return raw[start : start + n_bytes].view(dtype)
 
 
 class FlatBuffer:
@@ -77,7 +79,7 @@ class FlatBuffer:
         if size > MAX_SIZE:
             raise ConfigError(f"layout must have at most {MAX_SIZE} elements, got {size}")
         self.vector: FloatArray = (
-            _aligned_zeros(size, phase) if over is None else checks.vector("over", over, size, InputError)
+            aligned_zeros(size, np.float32, phase=phase) if over is None else checks.vector("over", over, size, InputError)
         )
         self._views: dict[str, FloatArray] = {}
         start = 0

@@ -7,12 +7,23 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from cylora import checks
-from cylora.config import MAX_LEARNING_RATE, MAX_RATE_TIMES_DECAY, LoraTrainingConfig
+from cylora.config import MAX_LEARNING_RATE, MAX_RATE_TIMES_DECAY, LoraTrainingConfig, thread_count
 from cylora.errors import InputError, NonFiniteGradientError, StateError
 from cylora.flat import FlatBuffer, FloatArray, Layout
-from cylora.kernels import PreparedAdam, clip, isa, norm, variants
+from cylora.kernels import PreparedAdam, clip, isa, norm, step_many, variants
+from cylora.moments import Moments
 
-__all__ = ["MAX_GRADIENT", "Adam", "AdamState", "check_rate", "clip_grad_norm_", "grad_norm", "isa", "variants"]
+__all__ = [
+    "MAX_GRADIENT",
+    "Adam",
+    "AdamState",
+    "check_rate",
+    "clip_grad_norm_",
+    "grad_norm",
+    "isa",
+    "step_many",
+    "variants",
+]
 
 # Above this, a gradient's square (the second moment) overflows float32. Clipping at or below it makes any fit.
 MAX_GRADIENT = 2.0**63
@@ -35,8 +46,8 @@ def grad_norm(grads: Any) -> float:
 
     Parameters
     ----------
-    grads : sequence of float32 arrays, C-contiguous, any shape; or a Gradients
-        Read only.
+    grads : sequence of arrays, C-contiguous, any shape; or a Gradients
+        Read only. float32, float16, bfloat16 (of ml_dtypes), or uint16 holding the bits of bfloat16 numbers.
 
     Returns
     -------
@@ -47,7 +58,7 @@ def grad_norm(grads: Any) -> float:
     Raises
     ------
     InputError
-        If an array is not float32, C-contiguous and aligned.
+        If an array is not of these types, C-contiguous and aligned.
     """
     return norm(_flat_arrays(grads))
 
@@ -110,29 +121,28 @@ class AdamState(NamedTuple):
     """What an `Adam` continues from: both moments, the number of steps done, and the layout of its parameters."""
 
     layout: Layout
-    m: FloatArray
-    v: FloatArray
+    moments: Moments
     t: int
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, lists and copies of the arrays."""
         layout = [[name, list(shape)] for name, shape in self.layout]
-        return {"layout": layout, "m": self.m.copy(), "v": self.v.copy(), "t": self.t}
+        return {"layout": layout, "t": self.t, **self.moments.to_dict()}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Self:
         """Return the state that made ``state``, or raise StateError."""
-        pairs, m, v, t = checks.items("adam", state, ("layout", "m", "v", "t"), StateError)
+        if not isinstance(state, Mapping) or not {"layout", "t"} <= set(state):
+            got = f"the keys {', '.join(map(str, state))}" if isinstance(state, Mapping) else type(state).__name__
+            raise StateError(f"adam must be a mapping with the keys layout, t and those of the moments, got {got}")
+        rest = dict(state)
+        pairs, t = rest.pop("layout"), rest.pop("t")
         try:
             layout = tuple((str(name), tuple(int(size) for size in shape)) for name, shape in pairs)
         except (TypeError, ValueError):
             raise StateError(f"adam layout must be a list of [name, shape], got {pairs!r}") from None
         size = sum(math.prod(shape) for _, shape in layout)
-        m = checks.array("adam m", m, np.float32, (size,), StateError, finite=True).copy()
-        v = checks.array("adam v", v, np.float32, (size,), StateError, finite=True).copy()
-        if (v < 0).any():
-            raise StateError(f"adam v must be >= 0, got {v.min()}")
-        return cls(layout, m, v, checks.integer("adam t", t, 1, error=StateError))
+        return cls(layout, Moments.from_dict(rest, size), checks.integer("adam t", t, 1, error=StateError))
 
 
 class Adam(PreparedAdam):
@@ -151,13 +161,13 @@ class Adam(PreparedAdam):
     ----------
     parameters : FlatBuffer, or float32 array (n,), C-contiguous, writable
         Updated in place. Keep no second writer on it during a step.
-    learning_rate, beta1, beta2, eps, weight_decay, weight_decay_mode, max_grad_norm
+    learning_rate, beta1, beta2, eps, weight_decay, weight_decay_mode, max_grad_norm, state_dtype, threads
         As in `LoraTrainingConfig`; here nothing decays and nothing is clipped by default.
 
     Attributes
     ----------
     m, v : float32 array (n,), read-only
-        First and second raw moments, not bias-corrected.
+        First and second raw moments, not bias-corrected: live views, or of compact state decoded copies.
     t : int
         Steps done.
 
@@ -180,6 +190,8 @@ class Adam(PreparedAdam):
         weight_decay: float = 0.0,
         weight_decay_mode: str = "decoupled",
         max_grad_norm: float = math.inf,
+        state_dtype: str = "float32",
+        threads: int | None = None,
     ) -> None:
         if hasattr(self, "_flat"):
             raise TypeError("an Adam is initialised once")
@@ -191,6 +203,8 @@ class Adam(PreparedAdam):
             weight_decay=weight_decay,
             weight_decay_mode=weight_decay_mode,
             max_grad_norm=max_grad_norm,
+            state_dtype=state_dtype,
+            threads=threads,
         )
         flat = parameters
         if not isinstance(flat, FlatBuffer):
@@ -205,16 +219,15 @@ class Adam(PreparedAdam):
 
     def _prepare(self, flat: FlatBuffer, config: LoraTrainingConfig, state: AdamState | None = None) -> None:
         self._flat, self._config = flat, config
-        size = flat.vector.size
-        moments = FlatBuffer([("m", (size,))], phase=2).vector, FlatBuffer([("v", (size,))], phase=3).vector
-        if state is not None:
-            moments[0][...], moments[1][...] = state.m, state.v
+        if state is not None and state.moments.dtype != config.state_dtype:
+            raise StateError(f"adam dtype must be {config.state_dtype!r}, as configured, got {state.moments.dtype!r}")
+        self._moments = Moments(flat.vector.size, config.state_dtype) if state is None else state.moments.copy()
         shapes = [shape for _, shape in flat.layout]
         is_pair = len(shapes) == 2 and all(len(shape) == 2 for shape in shapes)
         (rows_a, columns_a), (rows_b, columns_b) = shapes if is_pair else ((-1, -1), (-1, -1))
         super().__init__(
             flat.vector,
-            *moments,
+            self._moments.buffers(),
             beta1=config.beta1,
             beta2=config.beta2,
             eps=config.eps,
@@ -224,11 +237,19 @@ class Adam(PreparedAdam):
             norm_limit=_norm_limit(config.max_grad_norm),
             max_rate=_max_rate(config),
             t=0 if state is None else state.t,
+            threads=thread_count(config.threads),
+            skips=config.nonfinite == "skip",
             shape_a=(rows_a, columns_a),
             shape_b=(rows_b, columns_b),
         )
-        self.m, self.v = moments[0].view(), moments[1].view()
-        self.m.flags.writeable = self.v.flags.writeable = False
+
+    @property
+    def m(self) -> FloatArray:  # noqa: D102 - described with the class
+        return self._moments.m
+
+    @property
+    def v(self) -> FloatArray:  # noqa: D102
+        return self._moments.v
 
     @classmethod
     def for_training(cls, flat: FlatBuffer, config: LoraTrainingConfig, state: AdamState | None = None) -> Self:
@@ -242,8 +263,8 @@ class Adam(PreparedAdam):
 
         Parameters
         ----------
-        gradient : float32 array (n,), or (if made from an adapter's FlatBuffer) anything with such a ``vector``
-            Read only. Must not overlap the parameters.
+        gradient : array (n,), or (if made from an adapter's FlatBuffer) anything with such a ``vector``
+            Read only; of the types that `grad_norm` takes. Must not overlap the parameters.
         learning_rate : float in [0, 1e6], optional
             For this step; default the one given at creation.
 
@@ -257,11 +278,6 @@ class Adam(PreparedAdam):
 
     # What the kernel asks when something is out of the ordinary.
 
-    def refuse(self, norm: float) -> None:
-        """Raise for a gradient that must not be applied, or return to have the step counted as skipped."""
-        if self._config.nonfinite == "raise":
-            raise self.refusal(norm, _norm_limit(self._config.max_grad_norm))
-
     def to_loss(self, loss: Any) -> float:
         """Return what the caller gave as a loss as a float."""
         return checks.real("loss", loss, error=InputError)
@@ -272,7 +288,7 @@ class Adam(PreparedAdam):
 
     def state(self) -> AdamState:
         """Return what this optimizer would continue from: views of the live moments."""
-        return AdamState(self._flat.layout, self.m, self.v, self.t)
+        return AdamState(self._flat.layout, self._moments, self.t)
 
     def refusal(self, norm: float, limit: float = MAX_GRADIENT) -> NonFiniteGradientError:
         """Return the error for a gradient of this ``norm``, naming the matrix and the element."""

@@ -94,6 +94,15 @@ class LoraTrainer:
         record: TrainingStep = adam.run_step(loss, grad_a, grad_b)
         return record
 
+    def prepared_step(
+        self, loss: float, adapter: LoraAdapter | AdapterSet, grad_a: Any, grad_b: Any = None
+    ) -> tuple[Adam, float, Any, Any]:
+        """Return what `step` would hand to the kernel, for `cylora.step_many`. Arguments and errors as for `step`."""
+        adam = self._adam
+        if adam is None or adapter is not self._adapters:
+            adam = self._ready(adapter)
+        return adam, loss, self._vector_of(grad_a) if grad_b is None else grad_a, grad_b
+
     def accumulate(
         self,
         loss: float,
@@ -285,9 +294,12 @@ class LoraTrainer:
         restored = None if adam_dict is None else AdamState.from_dict(adam_dict)
         if restored is not None and restored.t > history.total_steps:
             raise StateError(f"adam t must be at most the {history.total_steps} steps of the history, got {restored.t}")
+        if restored is not None and restored.moments.dtype != self.config.state_dtype:
+            got = restored.moments.dtype
+            raise StateError(f"adam dtype must be {self.config.state_dtype!r}, as configured, got {got!r}")
         if restored is not None and self._adapters is not None and restored.layout != self._adapters.flat.layout:
             raise StateError(f"adam layout must be that of {self._adapters!r}, got {restored.layout}")
-        size = None if restored is None else restored.m.size
+        size = None if restored is None else restored.moments.size
         if self._adapters is not None:
             size = self._adapters.flat.vector.size
         accumulation = Accumulation.from_state_dict(accumulated, size)

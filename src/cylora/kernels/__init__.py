@@ -3,5 +3,6 @@
 from cylora.kernels.adam import PreparedAdam
 from cylora.kernels.arrays import clip, norm
 from cylora.kernels.dispatch import isa, variants
+from cylora.kernels.many import step_many
 
-__all__ = ["PreparedAdam", "clip", "isa", "norm", "variants"]
+__all__ = ["PreparedAdam", "clip", "isa", "norm", "step_many", "variants"]

@@ -1,15 +1,38 @@
 """C types that the loops, their callers and foreign packages share. Types only: importing this runs nothing."""
 
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
     LANES = 16      # float64 sums kept side by side; element i of a vector always belongs to lane i % LANES
     BLOCK = 8192    # elements whose lanes are folded into one block sum; block sums are added in index order
+    CHUNK = 256     # elements that share a scale in 8-bit state, and that are judged together for a zero gradient
+
+cdef enum:          # how numbers are stored
+    FLOAT32 = 0
+    FLOAT16 = 1     # gradients only
+    BFLOAT16 = 2
+    EIGHT_BIT = 3   # moments only
 
 cdef struct NormState:
     double lanes[16]
     double total            # sum over the finished blocks
     Py_ssize_t filled       # elements in the unfinished block, 0 <= filled < BLOCK
+
+cdef struct Piece:          # memory the caller lends
+    const void* start
+    Py_ssize_t n
+    int kind
+
+cdef struct Gradient:       # a flat vector in one piece or two
+    Piece pieces[2]
+    int count
+
+cdef struct Moments:
+    int kind
+    void* m
+    void* v
+    uint8_t* m_exponents    # EIGHT_BIT: of each chunk
+    uint8_t* v_exponents
 
 cdef struct AdamRule:       # what stays the same from step to step
     double beta1
@@ -26,14 +49,27 @@ cdef struct AdamScalars:    # what one step needs, each rounded once from float6
     float offset            # eps * (1 - beta1^t) / rate
     float decay             # decoupled: rate * weight_decay; l2: weight_decay
     bint l2
+    uint64_t noise_key      # of this step's rounding noise
+
+cdef struct AdamStep:       # one step over one flat vector
+    float* p
+    Py_ssize_t n
+    Gradient gradient
+    Moments moments
+    AdamScalars scalars
+    uint32_t* noise         # (CHUNK,): needed by compact moments only
+    double* block_sums      # (ceil(n / BLOCK),): written by square_blocks
 
 cdef struct Loops:          # one instruction set's loops
     void (*norm_begin)(NormState*) noexcept nogil
-    void (*norm_add)(NormState*, const float*, Py_ssize_t) noexcept nogil
+    void (*norm_add)(NormState*, const void*, Py_ssize_t, int) noexcept nogil
     double (*norm_finish)(const NormState*) noexcept nogil
-    Py_ssize_t (*first_nonfinite)(const float*, Py_ssize_t) noexcept nogil
-    double (*clip_scale)(double, double) noexcept nogil
+    void (*square_blocks)(const AdamStep*, Py_ssize_t, Py_ssize_t) noexcept nogil
+    double (*norm_of_blocks)(const AdamStep*, double) noexcept nogil
+    Py_ssize_t (*first_nonfinite)(const void*, Py_ssize_t, int) noexcept nogil
+    double (*value_at)(const void*, Py_ssize_t, int) noexcept nogil
+    double (*clip_scale)(double, double, double) noexcept nogil
     void (*scale)(float*, Py_ssize_t, double) noexcept nogil
-    void (*accumulate)(float*, const float*, Py_ssize_t, double) noexcept nogil
-    void (*adam_scalars)(AdamScalars*, const AdamRule*, double, double, int64_t) noexcept nogil
-    void (*adam_update)(float*, const float*, float*, float*, Py_ssize_t, const AdamScalars*) noexcept nogil
+    void (*accumulate)(float*, const void*, Py_ssize_t, int, double) noexcept nogil
+    void (*adam_scalars)(AdamStep*, const AdamRule*, double, double, int64_t) noexcept nogil
+    void (*update_blocks)(const AdamStep*, Py_ssize_t, Py_ssize_t) noexcept nogil

@@ -9,149 +9,41 @@ Invariants that make the bits equal everywhere:
 """
 
 from libc.float cimport FLT_MIN
-from libc.math cimport INFINITY, sqrt, sqrtf
-from libc.stdint cimport int64_t, uint32_t
-from cylora.kernels._loops cimport BLOCK, LANES, AdamRule, AdamScalars, NormState
+from libc.math cimport INFINITY, fabsf, sqrt, sqrtf
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+from cylora.kernels._loops cimport (
+    BFLOAT16, BLOCK, CHUNK, EIGHT_BIT, FLOAT16, FLOAT32, LANES, AdamRule, AdamScalars, AdamStep, Gradient, Moments, NormState,
+    Piece,
+)
 
 # The loops' arrays never overlap (callers check), which saves the run-time alias tests before each vector loop.
 cdef extern from *:
     ctypedef float* out_floats "float *__restrict__"
     ctypedef const float* in_floats "const float *__restrict__"
+    ctypedef uint16_t* out_halves "uint16_t *__restrict__"
+    ctypedef const uint32_t* in_noise "const uint32_t *__restrict__"
 
-# Same operations in the same order twice. Left to itself GCC loads 8 floats and takes them apart again, which makes the
-# norm a third slower than converting 4 straight from memory.
 cdef extern from *:
     """
-    #ifdef __AVX2__
-    #include <immintrin.h>
-    static inline void cylora_add_squares_16(double *lanes, const float *g, Py_ssize_t groups) {
-        __m256d s0 = _mm256_loadu_pd(lanes), s1 = _mm256_loadu_pd(lanes + 4);
-        __m256d s2 = _mm256_loadu_pd(lanes + 8), s3 = _mm256_loadu_pd(lanes + 12);
-        for (; groups > 0; groups--, g += 16) {
-            const __m256d x0 = _mm256_cvtps_pd(_mm_loadu_ps(g)), x1 = _mm256_cvtps_pd(_mm_loadu_ps(g + 4));
-            const __m256d x2 = _mm256_cvtps_pd(_mm_loadu_ps(g + 8)), x3 = _mm256_cvtps_pd(_mm_loadu_ps(g + 12));
-            s0 = _mm256_add_pd(s0, _mm256_mul_pd(x0, x0));
-            s1 = _mm256_add_pd(s1, _mm256_mul_pd(x1, x1));
-            s2 = _mm256_add_pd(s2, _mm256_mul_pd(x2, x2));
-            s3 = _mm256_add_pd(s3, _mm256_mul_pd(x3, x3));
-        }
-        _mm256_storeu_pd(lanes, s0);
-        _mm256_storeu_pd(lanes + 4, s1);
-        _mm256_storeu_pd(lanes + 8, s2);
-        _mm256_storeu_pd(lanes + 12, s3);
-    }
-    #else
-    static inline void cylora_add_squares_16(double *lanes, const float *g, Py_ssize_t groups) {
-        double sums[16];
-        for (int j = 0; j < 16; j++) sums[j] = lanes[j];
-        for (; groups > 0; groups--, g += 16)
-            for (int j = 0; j < 16; j++) {
-                const double x = g[j];
-                sums[j] += x * x;
-            }
-        for (int j = 0; j < 16; j++) lanes[j] = sums[j];
-    }
-    #endif
+    #include <stdint.h>
+    #include <string.h>
+    static inline uint32_t cylora_bits_of(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+    static inline float cylora_float_of(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
     """
-    void add_squares_16 "cylora_add_squares_16"(double* lanes, const float* g, Py_ssize_t groups) noexcept nogil
+    uint32_t bits_of "cylora_bits_of"(float x) noexcept nogil
+    float float_of "cylora_float_of"(uint32_t bits) noexcept nogil
 
+include "_gradients.pxi"
+include "_moments.pxi"
 
-cdef double fold(const double* lanes) noexcept nogil:
-    """Sum of the lanes as a fixed tree: 16 -> 8 -> 4 -> 2 -> 1."""
-    cdef double half[8]
-    cdef int j
-    for j in range(8):
-        half[j] = lanes[j] + lanes[j + 8]
-    for j in range(4):
-        half[j] = half[j] + half[j + 4]
-    return (half[0] + half[2]) + (half[1] + half[3])
-
-
-cdef void add_squares(double* lanes, Py_ssize_t lane, in_floats g, Py_ssize_t n) noexcept nogil:
-    """Add the squares of g[0:n] to the lanes, starting at ``lane``. float32 squares are exact in float64."""
-    cdef double x
-    cdef Py_ssize_t i = 0
-    while lane != 0 and i < n:
-        x = g[i]
-        lanes[lane] += x * x
-        lane = (lane + 1) % LANES
-        i += 1
-    if n - i >= LANES:
-        add_squares_16(lanes, g + i, (n - i) // LANES)
-        i += (n - i) // LANES * LANES
-        lane = 0
-    while i < n:
-        x = g[i]
-        lanes[lane] += x * x
-        lane += 1
-        i += 1
-
-
-cdef api void norm_begin(NormState* state) noexcept nogil:
-    cdef int j
-    for j in range(LANES):
-        state.lanes[j] = 0.0
-    state.total = 0.0
-    state.filled = 0
-
-
-cdef api void norm_add(NormState* state, const float* g, Py_ssize_t n) noexcept nogil:
-    """Append g[0:n] to the vector whose squares are being summed."""
-    cdef Py_ssize_t part
-    cdef int j
-    while n > 0:
-        part = BLOCK - state.filled
-        if part > n:
-            part = n
-        add_squares(state.lanes, state.filled % LANES, g, part)
-        state.filled += part
-        if state.filled == BLOCK:
-            state.total += fold(state.lanes)
-            for j in range(LANES):
-                state.lanes[j] = 0.0
-            state.filled = 0
-        g += part
-        n -= part
-
-
-cdef api double norm_finish(const NormState* state) noexcept nogil:
-    """L2 norm of what was appended. NaN or infinite if and only if an element was: no finite sum overflows float64."""
-    cdef double total = state.total
-    if state.filled:
-        total += fold(state.lanes)
-    return sqrt(total)
-
-
-cdef api Py_ssize_t first_nonfinite(const float* g, Py_ssize_t n) noexcept nogil:
-    """Index of the first NaN or infinity in g[0:n], or -1."""
-    cdef Py_ssize_t i
-    for i in range(n):
-        if (<const uint32_t*> g)[i] & 0x7f800000u == 0x7f800000u:
-            return i
-    return -1
-
-
-cdef api double clip_scale(double norm, double max_norm) noexcept nogil:
-    """max_norm / norm if norm > max_norm, else 1: equality does not clip."""
-    return max_norm / norm if norm > max_norm else 1.0
-
-
-cdef api void scale(float* g_, Py_ssize_t n, double factor_) noexcept nogil:
-    cdef out_floats g = g_
-    cdef float factor = <float> factor_
-    cdef Py_ssize_t i
-    for i in range(n):
-        g[i] = g[i] * factor
-
-
-cdef void add_scaled(out_floats total, in_floats g, Py_ssize_t n, float weight) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(n):
-        total[i] = total[i] + weight * g[i]
-
-
-cdef api void accumulate(float* total, const float* g, Py_ssize_t n, double weight) noexcept nogil:
-    add_scaled(total, g, n, <float> weight)
+cdef extern from *:
+    """
+    #define CYLORA_QUIET_M 0x1p-120f
+    #define CYLORA_QUIET_V 0x1p-112f
+    """
+    const float QUIET_M "CYLORA_QUIET_M"
+    const float QUIET_V "CYLORA_QUIET_V"
 
 
 cdef double power(double base, int64_t exponent) noexcept nogil:
@@ -165,15 +57,14 @@ cdef double power(double base, int64_t exponent) noexcept nogil:
     return result
 
 
-cdef api void adam_scalars(
-    AdamScalars* scalars, const AdamRule* rule, double rate, double clip, int64_t t
-) noexcept nogil:
+cdef api void adam_scalars(AdamStep* step, const AdamRule* rule, double rate, double clip, int64_t t) noexcept nogil:
     """Derive the scalars of step t (1-based) at learning rate ``rate`` in float64; round each once.
 
     The step size is folded into the denominator: rate/bc1 * m / (sqrt(v)/sqrt(bc2) + eps)
     = m / (sqrt(v) * root_scale + offset). That spares a multiplication and a rounding. A rate below 1e-18 would overflow
     the quotients and moves no float32 weight that is not itself below 1e-17: it counts as 0, where the denominator is infinite.
     """
+    cdef AdamScalars* scalars = &step.scalars
     cdef double bc1 = 1.0 - power(rule.beta1, t)
     cdef double bc2 = 1.0 - power(rule.beta2, t)
     scalars.clip_scale = <float> clip
@@ -189,48 +80,207 @@ cdef api void adam_scalars(
             scalars.offset = FLT_MIN
     scalars.decay = <float> (rule.weight_decay if rule.l2 else rate * rule.weight_decay)
     scalars.l2 = rule.l2
+    if step.moments.kind != FLOAT32:
+        draw_noise(step, t)
 
 
-cdef void update_decoupled(
-    out_floats p, in_floats g, out_floats m, out_floats v, Py_ssize_t n, const AdamScalars* k
+cdef enum:
+    SPAN = 32
+
+cdef enum:      # of a chunk
+    LIVE        # has a gradient
+    QUIET       # has none: every element of it is zero
+    SILENT      # nor a first moment, and no l2 decay: no parameter moves but by its decay
+
+
+cdef inline float kept(float x, uint32_t keep) noexcept nogil:
+    """``x`` if ``keep`` is 1, 0 if it is 0, in a form that every compiler vectorises."""
+    return float_of(bits_of(x) & (0 - keep))
+
+
+cdef inline void advance_moments(
+    float p, float g, float* m, float* v, const AdamScalars* k, bint l2, int mode
 ) noexcept nogil:
-    cdef float clip = k.clip_scale, c1 = k.one_minus_beta1, c2 = k.one_minus_beta2
-    cdef float root_scale = k.root_scale, offset = k.offset, decay = k.decay
-    cdef float gi, mi, vi
-    cdef Py_ssize_t i
-    for i in range(n):
-        gi = g[i] * clip
-        mi = m[i] + c1 * (gi - m[i])
-        vi = v[i] + c2 * (gi * gi - v[i])
-        m[i] = mi
-        v[i] = vi
-        p[i] = p[i] - (decay * p[i] + mi / (sqrtf(vi) * root_scale + offset))
+    """One element's moments, in increment form.
 
-
-cdef void update_l2(
-    out_floats p, in_floats g, out_floats m, out_floats v, Py_ssize_t n, const AdamScalars* k
-) noexcept nogil:
-    cdef float clip = k.clip_scale, c1 = k.one_minus_beta1, c2 = k.one_minus_beta2
-    cdef float root_scale = k.root_scale, offset = k.offset, decay = k.decay
+    Without a gradient they decay to 0, not for good to subnormal numbers, which take the arithmetic units up to ten times
+    as long. They are dropped while their products with 1 - beta are normal, far below what eps (1e-30 at least) lets a
+    parameter feel; v only once m is gone.
+    """
     cdef float bound = 9.2233720368547758e18  # 2^63: callers see to it that g * clip keeps it; a huge weight may not
-    cdef float gi, mi, vi
-    cdef Py_ssize_t i
-    for i in range(n):
-        gi = g[i] * clip + decay * p[i]
+    cdef float gi = g * k.clip_scale, mi, vi
+    cdef uint32_t keep
+    if l2:
+        gi = gi + k.decay * p
         gi = bound if gi > bound else gi
         gi = -bound if gi < -bound else gi
-        mi = m[i] + c1 * (gi - m[i])
-        vi = v[i] + c2 * (gi * gi - v[i])
-        m[i] = mi
-        v[i] = vi
-        p[i] = p[i] - mi / (sqrtf(vi) * root_scale + offset)
+    mi = m[0] + k.one_minus_beta1 * (gi - m[0])
+    vi = v[0] + k.one_minus_beta2 * (gi * gi - v[0])
+    if mode != LIVE:
+        keep = 0 if mode == SILENT else <uint32_t> (fabsf(mi) >= QUIET_M) | <uint32_t> (gi != 0.0)
+        mi = kept(mi, keep)
+        vi = kept(vi, keep | <uint32_t> (vi >= QUIET_V))
+    m[0] = mi
+    v[0] = vi
 
 
-cdef api void adam_update(
-    float* p, const float* g, float* m, float* v, Py_ssize_t n, const AdamScalars* scalars
+cdef inline float advanced(float p, float m, float v, const AdamScalars* k, bint l2, int mode) noexcept nogil:
+    """One parameter after the step whose moments are given (Kingma & Ba 2015, algorithm 1); decay decoupled (Loshchilov &
+    Hutter 2019) or, in l2 mode, already in the gradient."""
+    cdef float pull = 0.0 if mode == SILENT else m / (sqrtf(v) * k.root_scale + k.offset)
+    return p - (pull if l2 else k.decay * p + pull)
+
+
+cdef inline void update_float32(
+    out_floats p, in_floats g, out_floats m, out_floats v, Py_ssize_t n, AdamScalars k, bint l2, int mode
 ) noexcept nogil:
-    """One Adam step (Kingma & Ba 2015, algorithm 1) in increment form; decay decoupled (Loshchilov & Hutter 2019) or l2."""
-    if scalars.l2:
-        update_l2(p, g, m, v, n, scalars)
+    cdef float mi, vi
+    cdef Py_ssize_t i
+    for i in range(n):
+        mi, vi = m[i], v[i]
+        advance_moments(p[i], g[i], &mi, &vi, &k, l2, mode)
+        m[i], v[i] = mi, vi
+        p[i] = advanced(p[i], mi, vi, &k, l2, mode)
+
+
+# The compact forms go SPAN elements at a time, moments first, parameters after: as one loop the many operations that
+# pack and unpack stand between one division and the next in the CPU's window, and the divider waits (a third slower).
+
+cdef inline void span_bfloat16(
+    out_floats p, in_floats g, out_halves m, out_halves v, Py_ssize_t n, in_noise noise, uint32_t shift,
+    const AdamScalars* k, bint l2, int mode
+) noexcept nogil:
+    cdef float new_m[SPAN]
+    cdef float new_v[SPAN]
+    cdef float mi, vi
+    cdef Py_ssize_t i
+    for i in range(n):
+        mi, vi = from_bfloat16(m[i]), from_bfloat16(v[i])
+        advance_moments(p[i], g[i], &mi, &vi, k, l2, mode)
+        new_m[i], new_v[i] = mi, vi
+        m[i] = to_bfloat16(mi, noise[i] + shift)
+        v[i] = to_bfloat16(vi, (noise[i] + shift) >> 16)
+    for i in range(n):
+        p[i] = advanced(p[i], new_m[i], new_v[i], k, l2, mode)
+
+
+cdef inline void update_bfloat16(
+    out_floats p, in_floats g, out_halves m, out_halves v, Py_ssize_t n, in_noise noise, uint32_t shift,
+    AdamScalars k, bint l2, int mode
+) noexcept nogil:
+    cdef Py_ssize_t i = 0
+    while n - i >= SPAN:
+        span_bfloat16(p + i, g + i, m + i, v + i, SPAN, noise + i, shift, &k, l2, mode)
+        i += SPAN
+    if i < n:
+        span_bfloat16(p + i, g + i, m + i, v + i, n - i, noise + i, shift, &k, l2, mode)
+
+
+cdef inline void span_eight_bit(
+    out_floats p, in_floats g, out_floats m, out_floats v, Py_ssize_t n, const AdamScalars* k, bint l2, int mode
+) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        advance_moments(p[i], g[i], &m[i], &v[i], k, l2, mode)
+    for i in range(n):
+        p[i] = advanced(p[i], m[i], v[i], k, l2, mode)
+
+
+cdef inline void update_eight_bit(
+    out_floats p, in_floats g, uint8_t* m_codes, uint8_t* v_codes, uint8_t* m_exponent, uint8_t* v_exponent,
+    Py_ssize_t n, in_noise noise, uint32_t shift, AdamScalars k, bint l2, int mode
+) noexcept nogil:
+    cdef float m[CHUNK]
+    cdef float v[CHUNK]
+    cdef uint32_t m_base = <uint32_t> m_exponent[0] << 23, v_base = <uint32_t> v_exponent[0] << 23
+    cdef uint32_t largest_m = 0, largest_v = 0
+    cdef Py_ssize_t i = 0
+    while n - i >= SPAN:
+        decode(m + i, v + i, m_codes + i, v_codes + i, SPAN, m_base, v_base)
+        span_eight_bit(p + i, g + i, m + i, v + i, SPAN, &k, l2, mode)
+        i += SPAN
+    if i < n:
+        decode(m + i, v + i, m_codes + i, v_codes + i, n - i, m_base, v_base)
+        span_eight_bit(p + i, g + i, m + i, v + i, n - i, &k, l2, mode)
+    for i in range(n):
+        largest_m = max(largest_m, bits_of(m[i]) & 0x7fffffffu)
+        largest_v = max(largest_v, bits_of(v[i]))
+    m_base, v_base = base_of(largest_m, 16), base_of(largest_v, 32)
+    m_exponent[0], v_exponent[0] = <uint8_t> (m_base >> 23), <uint8_t> (v_base >> 23)
+    encode(m_codes, v_codes, m, v, n, m_base, v_base, noise, shift)
+
+
+cdef inline void update_chunks(
+    const AdamStep* step, Py_ssize_t start, in_floats g, Py_ssize_t n, bint l2, int mode
+) noexcept nogil:
+    """Elements [start, start + n); one chunk only where moments are compact."""
+    cdef const Moments* s = &step.moments
+    cdef Py_ssize_t chunk = start // CHUNK
+    cdef uint32_t shift
+    if s.kind == FLOAT32:
+        update_float32(step.p + start, g, <float*> s.m + start, <float*> s.v + start, n, step.scalars, l2, mode)
+        return
+    shift = noise_at(step.scalars.noise_key, chunk)
+    if s.kind == BFLOAT16:
+        update_bfloat16(
+            step.p + start, g, <uint16_t*> s.m + start, <uint16_t*> s.v + start, n,
+            step.noise, shift, step.scalars, l2, mode)
     else:
-        update_decoupled(p, g, m, v, n, scalars)
+        update_eight_bit(
+            step.p + start, g, <uint8_t*> s.m + start, <uint8_t*> s.v + start, &s.m_exponents[chunk], &s.v_exponents[chunk], n,
+            step.noise, shift, step.scalars, l2, mode)
+
+
+cdef bint is_clear(const void* memory, Py_ssize_t n_bytes) noexcept nogil:
+    cdef const uint8_t* bytes = <const uint8_t*> memory
+    cdef uint8_t any_bit = 0
+    cdef Py_ssize_t i
+    for i in range(n_bytes):
+        any_bit |= bytes[i]
+    return any_bit == 0
+
+
+cdef bint is_zero(in_floats g, Py_ssize_t n) noexcept nogil:
+    cdef uint32_t any_bit = 0
+    cdef Py_ssize_t i
+    for i in range(n):
+        any_bit |= bits_of(g[i])
+    return any_bit << 1 == 0  # but for the signs
+
+
+cdef void update_quiet_chunk(const AdamStep* step, Py_ssize_t start, in_floats g, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t size = 4 if step.moments.kind == FLOAT32 else 2 if step.moments.kind == BFLOAT16 else 1
+    if step.scalars.l2:
+        update_chunks(step, start, g, n, True, QUIET)
+    elif is_clear(<const char*> step.moments.m + start * size, n * size):
+        update_chunks(step, start, g, n, False, SILENT)
+    else:
+        update_chunks(step, start, g, n, False, QUIET)
+
+
+cdef api void update_blocks(const AdamStep* step, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    """Do the step for blocks first..last-1: any number of threads may share them.
+
+    A chunk whose gradient is all zero is known by its place in the flat vector, however that is cut into pieces.
+    """
+    cdef float room[CHUNK]
+    cdef Py_ssize_t start = first * BLOCK, stop = min(last * BLOCK, step.n), n, live
+    cdef const float* g
+    while start < stop:
+        n = stop - start if step.moments.kind == FLOAT32 else min(stop - start, CHUNK)
+        g = window(&step.gradient, start, &n, room, CHUNK)
+        while n > 0:
+            live = 0
+            while live < n and (g[live] != 0.0 or not is_zero(g + live, min(n - live, CHUNK))):
+                live += CHUNK
+            live = min(live, n)
+            if live == 0:
+                live = min(n, CHUNK)
+                update_quiet_chunk(step, start, g, live)
+            elif step.scalars.l2:
+                update_chunks(step, start, g, live, True, LIVE)
+            else:
+                update_chunks(step, start, g, live, False, LIVE)
+            start += live
+            g += live
+            n -= live

@@ -4,8 +4,8 @@ from cpython.buffer cimport PyBuffer_Release, Py_buffer
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc, qsort
 from cylora.kernels._fpenv cimport fp_enter, fp_leave
-from cylora.kernels._loops cimport NormState
-from cylora.kernels.buffers cimport acquire
+from cylora.kernels._loops cimport FLOAT32, NormState, Piece
+from cylora.kernels.buffers cimport acquire_float32, acquire_gradient
 from cylora.kernels.dispatch cimport loops
 
 from cylora.errors import InputError
@@ -19,18 +19,24 @@ cdef int _by_address(const void* a, const void* b) noexcept nogil:
 
 
 cdef class _Borrowed:
-    """The memory of several float32 arrays, held until this object goes."""
+    """The memory of several arrays, held until this object goes; to be written only float32."""
 
     cdef Py_buffer* views
+    cdef Piece* pieces
     cdef Py_ssize_t count
 
     def __cinit__(self, arrays, bint writable):
         cdef Py_ssize_t i, expected = len(arrays)
         self.views = <Py_buffer*> malloc(max(expected, 1) * sizeof(Py_buffer))
-        if self.views == NULL:
+        self.pieces = <Piece*> malloc(max(expected, 1) * sizeof(Piece))
+        if self.views == NULL or self.pieces == NULL:
             raise MemoryError()
         for i in range(expected):
-            acquire(arrays[i], &self.views[i], f"grads[{i}]", -1, -1, writable)
+            if writable:
+                acquire_float32(arrays[i], &self.views[i], f"grads[{i}]", -1, -1, True)
+                self.pieces[i] = Piece(start=self.views[i].buf, n=self.views[i].len // 4, kind=FLOAT32)
+            else:
+                acquire_gradient(arrays[i], &self.views[i], &self.pieces[i], f"grads[{i}]", -1, -1)
             self.count = i + 1
 
     def __dealloc__(self):
@@ -38,13 +44,14 @@ cdef class _Borrowed:
         for i in range(self.count):
             PyBuffer_Release(&self.views[i])
         free(self.views)
+        free(self.pieces)
 
     cdef double norm(self) noexcept nogil:
         cdef NormState state
         cdef Py_ssize_t i
         loops.norm_begin(&state)
         for i in range(self.count):
-            loops.norm_add(&state, <const float*> self.views[i].buf, self.views[i].len // 4)
+            loops.norm_add(&state, self.pieces[i].start, self.pieces[i].n, self.pieces[i].kind)
         return loops.norm_finish(&state)
 
     cdef bint has_overlap(self) except -1:
@@ -92,9 +99,9 @@ def clip(list arrays not None, double max_norm):
     with nogil:
         fp = fp_enter()
         result = borrowed.norm()
-        factor = loops.clip_scale(result, max_norm)
+        factor = loops.clip_scale(result, max_norm, 1.0)
         if factor != 1.0 and factor >= MIN_FACTOR and result - result == 0.0:
             for i in range(borrowed.count):
-                loops.scale(<float*> borrowed.views[i].buf, borrowed.views[i].len // 4, factor)
+                loops.scale(<float*> borrowed.pieces[i].start, borrowed.pieces[i].n, factor)
         fp_leave(fp)
     return result

@@ -1,4 +1,4 @@
-"""Borrow float32 memory from any buffer provider, checked before it is used.
+"""Borrow memory from any buffer provider, checked before it is used: float32, and for gradients half precision too.
 
 A step borrows its gradients anew each time, so this path is raw ``Py_buffer``: acquiring a typed memoryview costs about
 twice as much and its errors name neither the argument nor what was got. State that lives longer uses typed memoryviews.
@@ -9,6 +9,7 @@ from cpython.buffer cimport (
 )
 from cpython.exc cimport PyErr_Clear, PyErr_ExceptionMatches
 from cpython.object cimport PyObject, PyTypeObject
+from cylora.kernels._loops cimport BFLOAT16, FLOAT16, FLOAT32, Piece
 
 import numpy as np
 
@@ -67,6 +68,11 @@ cdef enum:
 
 cdef object _ndarray = np.ndarray
 cdef object _float32 = np.dtype(np.float32)
+cdef object _float16 = np.dtype(np.float16)
+cdef object _uint16 = np.dtype(np.uint16)
+cdef object _bfloat16 = None  # that of ml_dtypes, once seen: NumPy itself has none
+
+cdef dict RULES = {False: "float32 array", True: "array of float32, float16, bfloat16 or (bfloat16's bits) uint16"}
 
 
 cdef bint _knows_ndarray() except -1:
@@ -86,42 +92,62 @@ cdef bint _knows_ndarray() except -1:
 cdef bint _reads_ndarray = _knows_ndarray()
 
 
-cdef inline bint _take_ndarray(
-    object provider, Py_buffer* view, Py_ssize_t rows, Py_ssize_t columns, bint writable
+cdef inline int _kind_of_descr(PyObject* descr) noexcept:
+    """Return how the elements of an array of this dtype are stored, or -1."""
+    if descr == <PyObject*> _float32:
+        return FLOAT32
+    if descr == <PyObject*> _float16:
+        return FLOAT16
+    if descr == <PyObject*> _uint16 or (_bfloat16 is not None and descr == <PyObject*> _bfloat16):
+        return BFLOAT16
+    return -1
+
+
+cdef inline int _take_ndarray(
+    object provider, Py_buffer* view, Py_ssize_t rows, Py_ssize_t columns, bint writable, bint halves
 ) noexcept:
-    """Fill ``view`` from an ordinary array that satisfies every rule; any other goes the long way."""
+    """Fill ``view`` from an ordinary array that satisfies every rule, and return its kind; -1: it goes the long way."""
     cdef NdArray* head
     cdef int wanted = CONTIGUOUS | ALIGNED | (WRITEABLE if writable else 0)
     cdef Py_ssize_t size = 1
-    cdef int i
+    cdef int i, kind
     if not _reads_ndarray or not is_exactly(provider, <PyTypeObject*> _ndarray):
-        return False
+        return -1
     head = ndarray_of(provider)
-    if head.descr != <PyObject*> _float32 or head.flags & wanted != wanted:
-        return False
+    kind = _kind_of_descr(head.descr)
+    if (kind != FLOAT32 and not halves) or kind < 0 or head.flags & wanted != wanted:
+        return -1
     for i in range(head.nd):
         size *= head.dimensions[i]
     if rows >= 0:
         if columns < 0:
             if head.nd != 1 or size != rows:
-                return False
+                return -1
         elif head.nd == 2:
             if head.dimensions[0] != rows or head.dimensions[1] != columns:
-                return False
+                return -1
         elif head.nd != 1 or size != rows * columns:
-            return False
-    lend(view, provider, head.data, 4 * size)
-    return True
+            return -1
+    lend(view, provider, head.data, (4 if kind == FLOAT32 else 2) * size)
+    return kind
 
 
-cdef inline bint _is_float32(const Py_buffer* view) noexcept nogil:
+cdef inline int _kind_of(const Py_buffer* view) noexcept nogil:
     cdef const char* code = view.format
-    if view.itemsize != 4 or code == NULL:
-        return False
+    if code == NULL:
+        return -1
     # Both supported architectures are little-endian: '<' and '=' are the native order.
     if code[0] == c'<' or code[0] == c'=' or code[0] == c'@':
         code += 1
-    return code[0] == c'f' and code[1] == 0
+    if code[0] == 0 or code[1] != 0:
+        return -1
+    if code[0] == c'f' and view.itemsize == 4:
+        return FLOAT32
+    if code[0] == c'e' and view.itemsize == 2:
+        return FLOAT16
+    if code[0] == c'H' and view.itemsize == 2:
+        return BFLOAT16
+    return -1
 
 
 cdef inline bint _has_shape(const Py_buffer* view, Py_ssize_t rows, Py_ssize_t columns) noexcept nogil:
@@ -135,20 +161,58 @@ cdef inline bint _has_shape(const Py_buffer* view, Py_ssize_t rows, Py_ssize_t c
     return view.ndim == 1 and view.shape[0] == rows * columns
 
 
-cdef int acquire(object provider, Py_buffer* view, str name, Py_ssize_t rows, Py_ssize_t columns, bint writable) except -1:
-    """Fill ``view``, which the caller releases, or raise InputError and hold nothing."""
-    if _take_ndarray(provider, view, rows, columns, writable):
-        return 0
-    if borrow(provider, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (PyBUF_WRITABLE if writable else 0)) != 0:
+cdef object _bits_of_bfloat16(object provider):
+    """Return the uint16 view of an array of ml_dtypes' bfloat16, which offers no buffer of its own; else None."""
+    global _bfloat16
+    dtype = getattr(provider, "dtype", None)
+    if not isinstance(provider, np.ndarray) or dtype.name != "bfloat16" or dtype.itemsize != 2 or not dtype.isnative:
+        return None
+    if _bfloat16 is None:
+        _bfloat16 = dtype
+    return provider.view(np.uint16)
+
+
+cdef int _acquire(
+    object provider, Py_buffer* view, str name, Py_ssize_t rows, Py_ssize_t columns, bint writable, bint halves
+) except -1:
+    """Fill ``view``, which the caller releases, and return its kind, or raise InputError and hold nothing."""
+    cdef int kind = _take_ndarray(provider, view, rows, columns, writable, halves)
+    if kind >= 0:
+        return kind
+    bits = _bits_of_bfloat16(provider) if halves else None
+    offered = provider if bits is None else bits
+    if borrow(offered, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (PyBUF_WRITABLE if writable else 0)) != 0:
         if not (
             PyErr_ExceptionMatches(BufferError) or PyErr_ExceptionMatches(TypeError) or PyErr_ExceptionMatches(ValueError)
         ):
             reraise()  # KeyboardInterrupt, MemoryError: not about the buffer
         PyErr_Clear()
-        _refuse(provider, name, rows, columns, writable)
-    if not _is_float32(view) or not _has_shape(view, rows, columns) or <size_t> view.buf % 4 != 0:
+        _refuse(provider, name, rows, columns, writable, halves)
+    kind = _kind_of(view)
+    if (
+        kind < 0 or (kind != FLOAT32 and not halves)
+        or not _has_shape(view, rows, columns) or <size_t> view.buf % <size_t> view.itemsize != 0
+    ):
         PyBuffer_Release(view)
-        _refuse(provider, name, rows, columns, writable)
+        _refuse(provider, name, rows, columns, writable, halves)
+    return kind
+
+
+cdef int acquire_float32(
+    object provider, Py_buffer* view, str name, Py_ssize_t rows, Py_ssize_t columns, bint writable
+) except -1:
+    """Fill ``view``, which the caller releases, or raise InputError and hold nothing."""
+    _acquire(provider, view, name, rows, columns, writable, False)
+    return 0
+
+
+cdef int acquire_gradient(
+    object provider, Py_buffer* view, Piece* piece, str name, Py_ssize_t rows, Py_ssize_t columns
+) except -1:
+    """Fill ``view``, which the caller releases, and ``piece``, or raise InputError and hold nothing."""
+    piece.kind = _acquire(provider, view, name, rows, columns, False, True)
+    piece.start = view.buf
+    piece.n = view.len // (4 if piece.kind == FLOAT32 else 2)
     return 0
 
 
@@ -156,9 +220,9 @@ cdef bint overlap(const void* a, Py_ssize_t a_bytes, const void* b, Py_ssize_t b
     return <const char*> a < <const char*> b + b_bytes and <const char*> b < <const char*> a + a_bytes
 
 
-cdef int _refuse(object provider, str name, Py_ssize_t rows, Py_ssize_t columns, bint writable) except -1:
+cdef int _refuse(object provider, str name, Py_ssize_t rows, Py_ssize_t columns, bint writable, bint halves) except -1:
     shape = "" if rows < 0 else f" of shape ({rows},)" if columns < 0 else f" of shape ({rows}, {columns})"
-    rule = f"a {'writable, ' if writable else ''}C-contiguous, aligned float32 array{shape}"
+    rule = f"a {'writable, ' if writable else ''}C-contiguous, aligned {RULES[halves]}{shape}"
     raise InputError(f"{name} must be {rule}, got {describe(provider)}")
 
 

@@ -5,7 +5,7 @@ The functions below do that themselves; arrays must not overlap, nothing is chec
 """
 
 from libc.stdint cimport int64_t
-from cylora.kernels._loops cimport AdamRule, AdamScalars, Loops, NormState
+from cylora.kernels._loops cimport AdamRule, Loops
 
 cdef Loops loops
 

@@ -1,0 +1,71 @@
+"""One step over one flat vector: what its computation needs, and the object that prepares and records it."""
+
+from cpython.buffer cimport Py_buffer
+from libc.stdint cimport int64_t, uint8_t
+from cylora.kernels._loops cimport AdamRule, AdamStep
+
+cdef struct Task:
+    AdamStep step
+    AdamRule rule
+    double max_norm
+    double norm_limit           # above it nothing is applied
+    int64_t t                   # steps applied
+    int threads
+    double rate
+    double divisor              # of the gradient, before anything else
+    double norm                 # OUT, from here on
+    bint is_applied
+    Py_ssize_t nonfinite_index  # of the first element that is not finite, or -1
+    double nonfinite_value
+
+cdef void carry_out(Task* task) noexcept nogil
+
+cdef class PreparedAdam:
+    cdef Task task
+    cdef readonly bint busy
+    cdef readonly bint reporting
+    cdef bint skips
+    cdef bint retired
+    cdef int64_t fork_count
+    cdef double max_rate
+    cdef Py_ssize_t rows_a, columns_a, rows_b, columns_b
+    cdef Py_buffer grads[2]
+    cdef int held
+    cdef const void* starts[5]      # what a gradient must not overlap
+    cdef Py_ssize_t sizes[5]
+    cdef int regions
+    cdef float[::1] _parameters
+    cdef tuple _moments
+    # What `attach`, `attach_report` and `attach_pending` set: the schedule, and where steps and micro-batches are recorded.
+    cdef object schedule
+    cdef int64_t steady_from
+    cdef double steady_rate
+    cdef object record_type
+    cdef object history
+    cdef object report
+    cdef int64_t report_every
+    cdef double[:, ::1] rows        # (capacity, 3): loss, learning rate, norm
+    cdef uint8_t[::1] flags         # (capacity,): skipped
+    cdef double[::1] sums           # losses, skipped steps, first loss
+    cdef int64_t[::1] count         # steps ever
+    cdef double[::1] pending_sums   # weighted losses, weights
+    cdef int64_t[::1] pending       # micro-batches waiting
+    # The step under way.
+    cdef object record
+    cdef int64_t index
+    cdef double loss
+
+    cdef int enter(self) except -1
+    cdef void leave(self) noexcept
+    cdef int begin(self, object loss, object grad_a, object grad_b, bint accumulated) except -1
+    cdef object commit(self)
+    cdef object refused(self)
+    cdef int announce(self, object record) except -1
+    cdef int _prepare(self, object loss, object grad_a, object grad_b, bint accumulated) except -1
+    cdef int _take(self, tuple buffers) except -1
+    cdef int _borrow(self, object grad_a, object grad_b) except -1
+    cdef void _keep_apart(self, const void* start, Py_ssize_t size) noexcept
+    cdef int _check_apart(self, str name, const Py_buffer* view) except -1
+    cdef double _scheduled(self, int64_t step) except? -1.0
+    cdef void _carry_out(self) noexcept
+    cdef double _measure(self) noexcept

@@ -1,0 +1,105 @@
+"""Many independent steps in one call: each prepared under the GIL, all carried out without it, each recorded under it."""
+
+from libc.stdint cimport uint64_t
+from libc.stdlib cimport calloc, free, malloc, qsort
+from cylora.kernels._fpenv cimport fp_enter, fp_leave
+from cylora.kernels.adam cimport PreparedAdam, Task, carry_out
+from cylora.kernels.threads cimport close_team, open_team, share
+
+cdef double STEP_US = 1.0, ELEMENT_US = 0.4e-3  # what one thread takes for a step: as a rule, to judge what sharing is worth
+
+
+cdef void _carry_out_some(void* context, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    cdef Task** tasks = <Task**> context
+    cdef Py_ssize_t i
+    for i in range(first, last):
+        carry_out(tasks[i])
+
+
+cdef int _by_parameters(const void* a, const void* b) noexcept nogil:
+    cdef size_t x = <size_t> (<const Task* const*> a)[0].step.p, y = <size_t> (<const Task* const*> b)[0].step.p
+    return (x > y) - (x < y)
+
+
+cdef bint _overlap(Task** tasks, Py_ssize_t count) noexcept nogil:
+    """Whether two tasks write the same parameters. If that cannot be found out, they may."""
+    cdef Task** ordered = <Task**> malloc(max(count, 1) * sizeof(Task*))
+    cdef bint found = False
+    cdef Py_ssize_t i
+    if ordered == NULL:
+        return True
+    for i in range(count):
+        ordered[i] = tasks[i]
+    qsort(ordered, count, sizeof(Task*), _by_parameters)
+    for i in range(1, count):
+        if ordered[i - 1].step.p + ordered[i - 1].step.n > ordered[i].step.p:
+            found = True
+    free(ordered)
+    return found
+
+
+cdef void _carry_out_all(Task** tasks, Py_ssize_t count, int threads) noexcept nogil:
+    cdef double work = 0.0
+    cdef Py_ssize_t i
+    if threads > 1:
+        for i in range(count):
+            work += STEP_US + ELEMENT_US * tasks[i].step.n
+        # Two trainers of one adapter go one after the other, in the order given.
+        if not _overlap(tasks, count) and open_team(threads, work):
+            share(_carry_out_some, tasks, count, 1 if count < 64 else count // 64)
+            close_team()
+            return
+    _carry_out_some(tasks, 0, count)
+
+
+def step_many(list entries not None, int threads):
+    """Do one step for each entry (PreparedAdam, loss, grad_a, grad_b); return a list of records and errors in their place.
+
+    An entry that is an exception stands for itself. An error of one step (an Exception) touches no other; an interrupt
+    (any other BaseException) before the first of them writes leaves everything as it was.
+    """
+    cdef Py_ssize_t count = 0, i, n = len(entries)
+    cdef list results = list(entries)
+    cdef list adams = [None] * n
+    cdef Py_ssize_t* places = <Py_ssize_t*> calloc(n + 1, sizeof(Py_ssize_t))
+    cdef Task** tasks = <Task**> calloc(n + 1, sizeof(Task*))
+    cdef PreparedAdam adam
+    cdef uint64_t fp = fp_enter()
+    try:
+        if places == NULL or tasks == NULL:
+            raise MemoryError()
+        try:
+            for i in range(n):
+                entry = entries[i]
+                if isinstance(entry, BaseException):
+                    continue
+                try:
+                    adam = entry[0]
+                    adam.begin(entry[1], entry[2], entry[3], False)
+                except Exception as error:
+                    results[i] = error
+                    continue
+                adams[count], places[count], tasks[count] = adam, i, &adam.task
+                count += 1
+            with nogil:
+                _carry_out_all(tasks, count, threads)
+            for i in range(count):  # nothing in here runs Python code, so nothing can come between
+                results[places[i]] = (<PreparedAdam> adams[i]).commit()
+            for i in range(count):
+                if results[places[i]] is None:
+                    results[places[i]] = (<PreparedAdam> adams[i]).refused()
+        finally:
+            fp_leave(fp)
+            for i in range(count):
+                (<PreparedAdam> adams[i]).leave()
+        for i in range(count):
+            record = results[places[i]]
+            if not isinstance(record, BaseException):
+                try:
+                    (<PreparedAdam> adams[i]).announce(record)
+                except Exception as error:
+                    results[places[i]] = error
+    finally:
+        free(places)
+        free(tasks)
+    return results

@@ -1,0 +1,24 @@
+"""Several threads on one piece of work, for cylora's own kernels and for any Cython package that cimports them.
+
+    if open_team(threads, work_us):
+        share(phase_1, &context, blocks, 1)
+        share(phase_2, &context, blocks, 1)
+        close_team()
+    else:
+        phase_1(&context, 0, blocks)
+        phase_2(&context, 0, blocks)
+
+Nothing here needs the GIL. A ``Work`` must not take it either, nor open a team, nor set the floating-point state: that
+of a helper is the standard one (see _fpenv.pxd), and the caller sets its own before.
+"""
+
+ctypedef void (*Work)(void* context, Py_ssize_t first, Py_ssize_t last) noexcept nogil  # do items first <= i < last
+
+# Gather up to ``threads`` threads, the caller included, for what one thread does in about ``work_us`` microseconds.
+# False: do it alone. True: ``close_team`` must follow, in the same thread.
+cdef bint open_team(int threads, double work_us) noexcept nogil
+
+# Do items 0 <= i < items in pieces of ``grain`` on all threads of the team. On return all are done and their writes seen.
+cdef void share(Work work, void* context, Py_ssize_t items, Py_ssize_t grain) noexcept nogil
+
+cdef void close_team() noexcept nogil

@@ -1,0 +1,60 @@
+"""step_many: one call that steps many trainers, each with its own adapter."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from cylora.config import thread_count
+from cylora.errors import InputError
+from cylora.history import TrainingStep
+from cylora.optimizer import step_many as carry_out
+from cylora.trainer import LoraTrainer
+
+__all__ = ["step_many"]
+
+Job = tuple[Any, ...]
+
+
+def step_many(jobs: Iterable[Job], *, threads: int | None = None) -> list[TrainingStep | Exception]:
+    """Do one step of each of many independent trainers in one call, and return what each came to.
+
+    For thousands of small adapters: all norms and updates run in one stretch of C, without the GIL.
+
+    Parameters
+    ----------
+    jobs : iterable of (trainer, loss, adapter, grad_a, grad_b) or (trainer, loss, adapter, gradients)
+        What `LoraTrainer.step` of that trainer would be called with. A trainer that comes twice is busy the second time.
+        No gradient may lie in another job's parameters.
+    threads : int in 1..64, optional
+        Most threads to share the jobs between; None is CYLORA_NUM_THREADS, or 1. No bit of any result depends on it.
+        Jobs that train the same parameters run one after the other, in their order.
+
+    Returns
+    -------
+    list
+        For each job the TrainingStep that `step` would have returned, or the exception it would have raised. One job's
+        error touches no other. As with `step`, what ``on_step`` raises stands there although the step is done.
+
+    Raises
+    ------
+    ConfigError, InputError
+        If ``threads`` is no such number, or ``jobs`` cannot be iterated. Nothing was written.
+    KeyboardInterrupt
+        While jobs are being checked: nothing was written. In an ``on_step``: all steps are done.
+    """
+    count = thread_count(threads)
+    try:
+        given = iter(jobs)
+    except TypeError:
+        raise InputError(f"jobs must be an iterable of tuples, got {type(jobs).__name__}") from None
+    results: list[TrainingStep | Exception] = carry_out([_prepared(job) for job in given], count)
+    return results
+
+
+def _prepared(job: Job) -> Job | Exception:
+    """Return what the kernel needs of a job, or the error that it already is."""
+    try:
+        if not isinstance(job, tuple) or len(job) not in (4, 5) or not isinstance(job[0], LoraTrainer):
+            raise InputError(f"a job must be (trainer, loss, adapter, grad_a, grad_b), got {str(job)[:80]}")
+        return job[0].prepared_step(*job[1:])
+    except Exception as error:  # whatever step would have raised for this one job
+        return error

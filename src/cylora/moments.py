@@ -1,0 +1,123 @@
+"""Moments: Adam's running means m and v of all parameters, in one of three forms."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cylora import checks
+from cylora.config import STATE_DTYPES
+from cylora.errors import StateError
+from cylora.flat import FloatArray, aligned_zeros
+
+__all__ = ["Moments"]
+
+CHUNK = 256  # elements of 8-bit state that share an exponent
+# What the kernels call each form, and the type of its numbers.
+KINDS = {"float32": 0, "bfloat16": 2, "8bit": 3}
+STORED = {"float32": np.float32, "bfloat16": np.uint16, "8bit": np.uint8}
+assert tuple(KINDS) == STATE_DTYPES
+
+
+def _from_bfloat16(bits: NDArray[np.uint16]) -> FloatArray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _from_codes(codes: NDArray[np.uint8], exponents: NDArray[np.uint8], mask: int) -> FloatArray:
+    """Decode (code * 2^20 + c) - c, all as bits of float32; c = 2^(exponent - 127) of the chunk."""
+    base = np.repeat(exponents, CHUNK)[: codes.size].astype(np.uint32) << 23
+    magnitude = ((codes & mask).astype(np.uint32) << 20) + base
+    values: FloatArray = magnitude.view(np.float32) - base.view(np.float32)
+    return np.where(codes & ~np.uint8(mask), -values, values)
+
+
+class Moments:
+    """First and second raw moments, not bias-corrected, zero at first.
+
+    Parameters
+    ----------
+    size : int
+    dtype : "float32", "bfloat16" or "8bit"
+        8, 4 or 2.01 bytes for each parameter. What the compact forms do is in `LoraTrainingConfig.state_dtype`.
+    """
+
+    __slots__ = ("dtype", "size", "stored_m", "stored_v", "m_exponents", "v_exponents")
+
+    def __init__(self, size: int, dtype: str = "float32") -> None:
+        self.size, self.dtype = size, dtype
+        self.stored_m: NDArray[Any] = aligned_zeros(size, STORED[dtype], phase=2)
+        self.stored_v: NDArray[Any] = aligned_zeros(size, STORED[dtype], phase=3)
+        chunks = -(-size // CHUNK) if dtype == "8bit" else 0
+        self.m_exponents: NDArray[np.uint8] = np.zeros(chunks, np.uint8)
+        self.v_exponents: NDArray[np.uint8] = np.zeros(chunks, np.uint8)
+
+    def buffers(self) -> tuple[Any, ...]:
+        """Return the storage kind's number and the live arrays' bytes, for a kernel that updates them."""
+        return (KINDS[self.dtype], *(array.view(np.uint8) for array in self._arrays().values()))
+
+    @property
+    def m(self) -> FloatArray:
+        """First moments, float32, read-only: a live view, or of compact state a decoded copy."""
+        return self._decoded(self.stored_m, self.m_exponents, 0x7F)
+
+    @property
+    def v(self) -> FloatArray:
+        """Second moments, likewise."""
+        return self._decoded(self.stored_v, self.v_exponents, 0xFF)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self._arrays().values())
+
+    def copy(self) -> "Moments":
+        """Return the same moments in memory of their own."""
+        new = Moments(self.size, self.dtype)
+        for mine, theirs in zip(new._arrays().values(), self._arrays().values(), strict=True):
+            mine[...] = theirs
+        return new
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the form's name and copies of the arrays as they are stored."""
+        arrays = self._arrays() if self.dtype == "8bit" else {"m": self.stored_m, "v": self.stored_v}
+        return {"dtype": self.dtype} | {name: array.copy() for name, array in arrays.items()}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any], size: int) -> Self:
+        """Return the moments of ``size`` parameters that made ``state``, or raise StateError."""
+        dtype = state.get("dtype")
+        if not isinstance(dtype, str) or dtype not in STATE_DTYPES:
+            raise StateError(f"adam dtype must be one of {', '.join(map(repr, STATE_DTYPES))}, got {dtype!r}")
+        moments = cls(size, dtype)
+        names = moments.to_dict().keys()
+        checks.items("adam moments", state, tuple(names), StateError)
+        for name, array in moments._arrays().items():
+            if name in names:
+                array[...] = checks.array(f"adam {name}", state[name], array.dtype, array.shape, StateError)
+        moments._check()
+        return moments
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        named = {"m": self.stored_m, "v": self.stored_v}
+        return named | {"m_exponents": self.m_exponents, "v_exponents": self.v_exponents}
+
+    def _decoded(self, stored: NDArray[Any], exponents: NDArray[np.uint8], mask: int) -> FloatArray:
+        if self.dtype == "float32":
+            values: FloatArray = stored.view()
+        else:
+            values = _from_bfloat16(stored) if self.dtype == "bfloat16" else _from_codes(stored, exponents, mask)
+        values.flags.writeable = False
+        return values
+
+    def _check(self) -> None:
+        # c times the last code, 2^16 or 2^32, must stay finite with a square to spare.
+        for name, limit in (("m_exponents", 254 - 16 - 1), ("v_exponents", 254 - 32 - 1)):
+            largest = int(getattr(self, name).max(initial=0))
+            if largest > limit:
+                raise StateError(f"adam {name} must be at most {limit}, got {largest}")
+        for name, values in (("m", self.m), ("v", self.v)):
+            if not np.isfinite(values).all():
+                raise StateError(f"adam {name} must be finite, got {values[~np.isfinite(values)][0]}")
+        if np.signbit(self.v).any() and (self.v < 0).any():
+            raise StateError(f"adam v must be >= 0, got {self.v.min()}")
