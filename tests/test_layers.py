@@ -22,10 +22,12 @@ ALLOWED = {
     "adapter": {"errors", "checks", "config", "flat"},
     "history": {"errors", "checks", "config"},
     "accumulation": {"errors", "checks", "flat"},
-    "optimizer": {"errors", "checks", "config", "flat", "kernels"},
+    "moments": {"errors", "checks", "config", "flat"},
+    "optimizer": {"errors", "checks", "config", "flat", "kernels", "moments"},
 }
-ALLOWED["trainer"] = {*ALLOWED, "adapter"} - {"kernels", "trainer"}
-PUBLIC = {*ALLOWED} - {"kernels", "checks", "accumulation"}
+ALLOWED["trainer"] = {*ALLOWED, "adapter"} - {"kernels", "moments", "trainer"}
+ALLOWED["many"] = {*ALLOWED} - {"kernels", "moments"}
+PUBLIC = {*ALLOWED} - {"kernels", "checks", "accumulation", "moments"}
 ALLOWED["package"] = PUBLIC  # cylora/__init__.py
 ABOVE = {*ALLOWED} - {"kernels"}  # what the parts above the trainer may use; "package" for the version
 ALLOWED["formats"] = ABOVE
@@ -153,6 +155,8 @@ WRONG = [
     ("accumulation.py", "from cylora.history import TrainingHistory", "accumulation must not import history"),
     ("optimizer.py", "from cylora.history import TrainingHistory", "optimizer must not import history"),
     ("trainer.py", "from cylora.kernels.adam import PreparedAdam", "trainer must not import kernels"),
+    ("many.py", "from cylora.kernels.many import step_many", "many must not import kernels"),
+    ("moments.py", "from cylora.optimizer import Adam", "moments must not import optimizer"),
     ("trainer.py", "from cylora.formats import adapter_file", "trainer must not import formats"),
     ("trainer.py", "def f():\n    import cylora.cli", "trainer must not import cli"),
     ("formats/durable.py", "from cylora import cli", "formats must not import cli"),

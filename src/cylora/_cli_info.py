@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cylora import __version__
+from cylora.config import thread_count
 from cylora.optimizer import isa, variants
 
 __all__ = ["EXTRAS", "system_facts"]
@@ -20,7 +21,7 @@ def system_facts() -> dict[str, str]:
     return {
         "cylora": __version__,
         "instruction set": f"{isa} (built: {', '.join(variants)})",
-        "threads": f"1, the caller's ({_usable_cpus()} CPUs usable)",
+        "threads": f"{thread_count(None)} unless a config says otherwise ({_usable_cpus()} CPUs usable)",
         "Python": f"{platform.python_version()} ({platform.python_implementation()})",
         "NumPy": f"{np.__version__} ({_blas()})",
         "extra 'train'": ", ".join(f"{name} {_version(name)}" for name in EXTRAS),

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from cylora import __version__
 from cylora._cli_info import system_facts
 from cylora._cli_train import train
-from cylora.config import NONFINITE_POLICIES, SCHEDULES, WEIGHT_DECAY_MODES
+from cylora.config import NONFINITE_POLICIES, SCHEDULES, STATE_DTYPES, WEIGHT_DECAY_MODES
 from cylora.errors import CyloraError, InputError
 from cylora.tasks.digits import DigitsTask
 from cylora.tasks.protocol import RunFailure
@@ -45,6 +45,8 @@ HELP = {
     "decay_steps": "length of warmup_stable_decay's final decay; none: a tenth of max-steps",
     "nonfinite": f"what a NaN or infinite gradient does: {' or '.join(NONFINITE_POLICIES)}",
     "history_limit": "records to keep; none: all",
+    "state_dtype": f"how Adam's moments are stored: {', '.join(STATE_DTYPES[:-1])} or {STATE_DTYPES[-1]}",
+    "threads": "most threads a step may use; none: CYLORA_NUM_THREADS, or 1",
     "rank": "rank of the adapters",
     "alpha": "scaling is alpha / rank",
     "dropout": "probability that an input of an adapter is dropped in training",

@@ -24,7 +24,7 @@ __all__ = ["TrainingHistory", "TrainingStep"]
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "perplexity", "skipped")
 STORED = ("loss", "learning_rate", "grad_norm", "skipped")
 HF_NAMES = ("step", "loss", "learning_rate", "grad_norm")
-FIRST_CAPACITY = 1024
+FIRST_CAPACITY = 64
 
 
 def _perplexity(loss: float) -> float:

@@ -3,6 +3,8 @@ from typing import Any
 
 from typing_extensions import disjoint_base
 
+__pyx_capi__: dict[str, object]  # what adam.pxd declares, for cimport
+
 def _count_fork() -> None: ...
 @disjoint_base
 class PreparedAdam:
@@ -19,8 +21,7 @@ class PreparedAdam:
     def __init__(
         self,
         parameters: Any,
-        m: Any,
-        v: Any,
+        moments: tuple[int, Any, Any, Any, Any],
         *,
         beta1: float,
         beta2: float,
@@ -31,6 +32,8 @@ class PreparedAdam:
         norm_limit: float,
         max_rate: float = 1e6,
         t: int = 0,
+        threads: int = 1,
+        skips: bool = False,
         shape_a: tuple[int, int] = (-1, -1),
         shape_b: tuple[int, int] = (-1, -1),
     ) -> None: ...

@@ -305,8 +305,6 @@ cdef class PreparedAdam:
         if self.busy:
             raise TrainerBusyError(
                 "this trainer is busy: a step is under way in another thread or further up this call stack")
-        if self.reporting:
-            raise TrainerBusyError("this trainer is busy: on_step may read it, but not step it")
         if self.retired:
             raise TrainerBusyError("this trainer is busy: another thread has given it another state or adapter meanwhile")
         if self.task.step.p == NULL:
@@ -317,6 +315,8 @@ cdef class PreparedAdam:
 
     cdef int begin(self, object loss, object grad_a, object grad_b, bint accumulated) except -1:
         """Check and fetch all that a recorded step needs, within `fp_enter`. Writes nothing that counts; `leave` follows."""
+        if self.reporting:
+            raise TrainerBusyError("this trainer is busy: on_step may read it, but not step it")
         self.enter()
         try:
             self._prepare(loss, grad_a, grad_b, accumulated)

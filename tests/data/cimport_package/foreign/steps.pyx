@@ -3,7 +3,7 @@
 from libc.stdint cimport int64_t, uint64_t
 from cylora.kernels cimport dispatch
 from cylora.kernels._fpenv cimport fp_enter, fp_leave
-from cylora.kernels._loops cimport AdamRule, NormState
+from cylora.kernels._loops cimport FLOAT32, AdamRule, NormState
 
 # Flush-to-zero (and on x86-64 denormals-are-zero) in the control word that fp_leave writes.
 cdef extern from *:
@@ -40,7 +40,7 @@ def norm_in_pieces(const float[::1] g not None, Py_ssize_t piece):
         fp = fp_enter()
         dispatch.loops.norm_begin(&state)
         while start < g.shape[0]:
-            dispatch.loops.norm_add(&state, &g[start], min(piece, g.shape[0] - start))
+            dispatch.loops.norm_add(&state, &g[start], min(piece, g.shape[0] - start), FLOAT32)
             start += piece
         result = dispatch.loops.norm_finish(&state)
         fp_leave(fp)
@@ -52,7 +52,7 @@ def clip(float[::1] g not None, double max_norm):
     cdef double before
     with nogil:
         before = dispatch.norm(&g[0], g.shape[0])
-        dispatch.scale(&g[0], g.shape[0], dispatch.loops.clip_scale(before, max_norm))
+        dispatch.scale(&g[0], g.shape[0], dispatch.loops.clip_scale(before, max_norm, 1.0))
     return before
 
 
@@ -73,5 +73,5 @@ def adam_step(
         before = dispatch.norm(&g[0], g.shape[0]) / divisor
         dispatch.adam_step(
             &p[0], &g[0], &m[0], &v[0], p.shape[0], &rule, rate,
-            dispatch.loops.clip_scale(before, max_norm) / divisor, t)
+            dispatch.loops.clip_scale(before, max_norm, 1.0) / divisor, t)
     return before

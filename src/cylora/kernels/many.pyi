@@ -1,0 +1,3 @@
+from typing import Any
+
+def step_many(entries: list[Any], threads: int) -> list[Any]: ...
