@@ -16,8 +16,9 @@ NONE = np.zeros(0, np.uint8)
 
 def prepare(p: Floats, m: Floats, v: Floats, rule: Rule, t: int = 1, **shapes: tuple[int, int]) -> PreparedAdam:
     """Return the prepared step t (1-based) over these very arrays; nothing finite is refused."""
+    moments = (0, m.view(np.uint8), v.view(np.uint8), NONE, NONE)
     return PreparedAdam(
-        p, (0, m.view(np.uint8), v.view(np.uint8), NONE, NONE), beta1=rule.beta1, beta2=rule.beta2, eps=rule.eps, weight_decay=rule.weight_decay, l2=rule.mode == "l2",
+        p, moments, beta1=rule.beta1, beta2=rule.beta2, eps=rule.eps, weight_decay=rule.weight_decay, l2=rule.mode == "l2",
         max_grad_norm=rule.max_norm, norm_limit=sys.float_info.max, t=t - 1, **shapes,
     )  # fmt: skip
 

@@ -9,7 +9,14 @@ from typing import Any, Self
 from cylora import checks
 from cylora.errors import ConfigError
 
-__all__ = ["MAX_LEARNING_RATE", "MAX_RATE_TIMES_DECAY", "STATE_DTYPES", "LoraConfig", "LoraTrainingConfig", "thread_count"]
+__all__ = [
+    "MAX_LEARNING_RATE",
+    "MAX_RATE_TIMES_DECAY",
+    "STATE_DTYPES",
+    "LoraConfig",
+    "LoraTrainingConfig",
+    "thread_count",
+]
 
 MAX_LEARNING_RATE = 1e6
 MAX_ALPHA = 1e6
@@ -38,7 +45,7 @@ def _known_keys(cls: type, values: object) -> dict[str, Any]:
 
 
 def thread_count(threads: int | None) -> int:
-    """Return a valid number of threads: ``threads``, or where that is None CYLORA_NUM_THREADS, or 1; or a ConfigError."""
+    """Return ``threads``, or where that is None CYLORA_NUM_THREADS, or 1, if it is valid; else a ConfigError."""
     if threads is not None:
         return checks.integer("threads (if not None)", threads, 1, MAX_THREADS)
     text = os.environ.get("CYLORA_NUM_THREADS", "").strip()

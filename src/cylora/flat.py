@@ -78,9 +78,11 @@ class FlatBuffer:
         size = sum(math.prod(shape) for _, shape in self.layout)
         if size > MAX_SIZE:
             raise ConfigError(f"layout must have at most {MAX_SIZE} elements, got {size}")
-        self.vector: FloatArray = (
-            aligned_zeros(size, np.float32, phase=phase) if over is None else checks.vector("over", over, size, InputError)
-        )
+        self.vector: FloatArray
+        if over is None:
+            self.vector = aligned_zeros(size, np.float32, phase=phase)
+        else:
+            self.vector = checks.vector("over", over, size, InputError)
         self._views: dict[str, FloatArray] = {}
         start = 0
         for name, shape in self.layout:

@@ -22,7 +22,8 @@ def step_many(jobs: Iterable[Job], *, threads: int | None = None) -> list[Traini
     Parameters
     ----------
     jobs : iterable of (trainer, loss, adapter, grad_a, grad_b) or (trainer, loss, adapter, gradients)
-        What `LoraTrainer.step` of that trainer would be called with. A trainer that comes twice is busy the second time.
+        What `LoraTrainer.step` of that trainer would be called with. A trainer that comes twice is busy the second
+        time.
         No gradient may lie in another job's parameters.
     threads : int in 1..64, optional
         Most threads to share the jobs between; None is CYLORA_NUM_THREADS, or 1. No bit of any result depends on it.

@@ -42,7 +42,7 @@ class Moments:
         8, 4 or 2.01 bytes for each parameter. What the compact forms do is in `LoraTrainingConfig.state_dtype`.
     """
 
-    __slots__ = ("dtype", "size", "stored_m", "stored_v", "m_exponents", "v_exponents")
+    __slots__ = ("dtype", "m_exponents", "size", "stored_m", "stored_v", "v_exponents")
 
     def __init__(self, size: int, dtype: str = "float32") -> None:
         self.size, self.dtype = size, dtype

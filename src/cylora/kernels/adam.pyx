@@ -320,7 +320,7 @@ cdef class PreparedAdam:
         self.enter()
         try:
             self._prepare(loss, grad_a, grad_b, accumulated)
-        except:
+        except BaseException:
             self.leave()
             raise
         return 0

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from cpython.pycapsule cimport PyCapsule_GetName, PyCapsule_GetPointer
 from libc.stdint cimport int64_t, uint64_t
 from cylora.kernels._fpenv cimport fp_enter, fp_leave
-from cylora.kernels._loops cimport BLOCK, FLOAT32, AdamRule, AdamStep, Gradient, Loops, Moments, NormState, Piece
+from cylora.kernels._loops cimport BLOCK, FLOAT32, AdamRule, AdamStep, Loops, Moments, NormState, Piece
 
 from cylora.kernels._cpu import supports_x86_64_v3
 
