@@ -14,7 +14,9 @@ IEEE = ["-fno-fast-math"]
 FLAGS = [*IEEE, "-O3", "-ffp-contract=off", "-fno-math-errno"]
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 # One source of the loops, one module for each instruction set: (module, flags).
-VARIANTS = [("_baseline", [])] + ([("_x86_64_v3", ["-march=x86-64-v3"])] if X86_64 else [])
+# The loops are written once and specialised by inlining with constant arguments: that must not be left to a size limit.
+INLINE = ["-DCYTHON_INLINE=inline __attribute__((always_inline))"]
+VARIANTS = [("_baseline", INLINE)] + ([("_x86_64_v3", [*INLINE, "-march=x86-64-v3"])] if X86_64 else [])
 MODULES = ["_cpu", "dispatch", "buffers", "arrays", "threads", "adam", "many"]
 
 DEBUG = os.environ.get("CYLORA_DEBUG") == "1"

@@ -14,9 +14,9 @@ from cylora.flat import FloatArray, aligned_zeros
 __all__ = ["Moments"]
 
 CHUNK = 256  # elements of 8-bit state that share an exponent
-# What the kernels call each form, and the type of its numbers.
+# What the kernels call each form, and the types in which m and v are stored.
 KINDS = {"float32": 0, "bfloat16": 2, "8bit": 3}
-STORED = {"float32": np.float32, "bfloat16": np.uint16, "8bit": np.uint8}
+STORED = {"float32": (np.float32, np.float32), "bfloat16": (np.uint16, np.uint16), "8bit": (np.int8, np.uint8)}
 assert tuple(KINDS) == STATE_DTYPES
 
 
@@ -24,12 +24,12 @@ def _from_bfloat16(bits: NDArray[np.uint16]) -> FloatArray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def _from_codes(codes: NDArray[np.uint8], exponents: NDArray[np.uint8], mask: int) -> FloatArray:
-    """Decode (code * 2^20 + c) - c, all as bits of float32; c = 2^(exponent - 127) of the chunk."""
+def _from_codes(codes: NDArray[Any], exponents: NDArray[np.uint8]) -> FloatArray:
+    """Decode (|code| * 2^20 + c) - c, all as bits of float32; c = 2^(exponent - 127) of the chunk."""
     base = np.repeat(exponents, CHUNK)[: codes.size].astype(np.uint32) << 23
-    magnitude = ((codes & mask).astype(np.uint32) << 20) + base
+    magnitude = (np.abs(codes.astype(np.int32)).astype(np.uint32) << 20) + base
     values: FloatArray = magnitude.view(np.float32) - base.view(np.float32)
-    return np.where(codes & ~np.uint8(mask), -values, values)
+    return np.where(codes < 0, -values, values)
 
 
 class Moments:
@@ -46,8 +46,8 @@ class Moments:
 
     def __init__(self, size: int, dtype: str = "float32") -> None:
         self.size, self.dtype = size, dtype
-        self.stored_m: NDArray[Any] = aligned_zeros(size, STORED[dtype], phase=2)
-        self.stored_v: NDArray[Any] = aligned_zeros(size, STORED[dtype], phase=3)
+        self.stored_m: NDArray[Any] = aligned_zeros(size, STORED[dtype][0], phase=2)
+        self.stored_v: NDArray[Any] = aligned_zeros(size, STORED[dtype][1], phase=3)
         chunks = -(-size // CHUNK) if dtype == "8bit" else 0
         self.m_exponents: NDArray[np.uint8] = np.zeros(chunks, np.uint8)
         self.v_exponents: NDArray[np.uint8] = np.zeros(chunks, np.uint8)
@@ -59,12 +59,12 @@ class Moments:
     @property
     def m(self) -> FloatArray:
         """First moments, float32, read-only: a live view, or of compact state a decoded copy."""
-        return self._decoded(self.stored_m, self.m_exponents, 0x7F)
+        return self._decoded(self.stored_m, self.m_exponents)
 
     @property
     def v(self) -> FloatArray:
         """Second moments, likewise."""
-        return self._decoded(self.stored_v, self.v_exponents, 0xFF)
+        return self._decoded(self.stored_v, self.v_exponents)
 
     @property
     def nbytes(self) -> int:
@@ -102,11 +102,11 @@ class Moments:
         named = {"m": self.stored_m, "v": self.stored_v}
         return named | {"m_exponents": self.m_exponents, "v_exponents": self.v_exponents}
 
-    def _decoded(self, stored: NDArray[Any], exponents: NDArray[np.uint8], mask: int) -> FloatArray:
+    def _decoded(self, stored: NDArray[Any], exponents: NDArray[np.uint8]) -> FloatArray:
         if self.dtype == "float32":
             values: FloatArray = stored.view()
         else:
-            values = _from_bfloat16(stored) if self.dtype == "bfloat16" else _from_codes(stored, exponents, mask)
+            values = _from_bfloat16(stored) if self.dtype == "bfloat16" else _from_codes(stored, exponents)
         values.flags.writeable = False
         return values
 

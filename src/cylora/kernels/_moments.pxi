@@ -7,8 +7,8 @@ new for each step, plus a number of its own for each chunk, modulo 2^32. Any two
 
 8 bits (blocks of 256 with their own scale and codes of a dynamic range, as Dettmers et al. 2022, arXiv:2110.02861; the
 codes are ours, made for shifts instead of tables): x = c * (2^e * (1 + f/8) - 1), e and f/8 the code's exponent and
-fraction, c a power of two for the chunk. The grid is linear up to c, where every step is c/8, and has 8 steps an octave
-above. m: sign, 4 bits e, 3 bits f, so 16 octaves. v: 5 bits e, 3 bits f, so 32 octaves, and never below c/8: where m is
+fraction, c a power of two for the chunk, and for m the code's sign. The grid is linear up to c, where every step is c/8, and has 8 steps an octave
+above. m: -127..127, so 4 bits e and 3 bits f: 16 octaves. v: 0..255, so 32 octaves, and never below c/8: where m is
 not 0, v is not either, and what an element with a gradient far below its chunk's largest loses is speed, not safety.
 A power of two, so that the grid stays where it is while the largest of a chunk moves, and 2^-100 at least, so that
 nothing here is subnormal.
@@ -47,22 +47,23 @@ cdef extern from *:
     #ifdef __AVX2__
         const __m256i mb = _mm256_set1_epi32((int) m_base), vb = _mm256_set1_epi32((int) v_base);
         for (; i + 8 <= n; i += 8) {
-            const __m256i cm = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) (m_codes + i)));
+            const __m256i cm = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) (m_codes + i)));
             const __m256i cv = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) (v_codes + i)));
-            const __m256i magnitude = _mm256_slli_epi32(_mm256_and_si256(cm, _mm256_set1_epi32(0x7f)), 20);
-            const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(cm, _mm256_set1_epi32(0x80)), 24);
+            const __m256i magnitude = _mm256_slli_epi32(_mm256_abs_epi32(cm), 20);
+            const __m256 sign = _mm256_and_ps(_mm256_castsi256_ps(cm), _mm256_set1_ps(-0.0f));
             const __m256 xm = _mm256_sub_ps(
                 _mm256_castsi256_ps(_mm256_add_epi32(magnitude, mb)), _mm256_castsi256_ps(mb));
             const __m256 xv = _mm256_sub_ps(
                 _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(cv, 20), vb)), _mm256_castsi256_ps(vb));
-            _mm256_storeu_ps(m + i, _mm256_or_ps(xm, _mm256_castsi256_ps(sign)));
+            _mm256_storeu_ps(m + i, _mm256_or_ps(xm, sign));
             _mm256_storeu_ps(v + i, xv);
         }
     #endif
         for (; i < n; i++) {
-            const float magnitude = cylora_float_of(((uint32_t) (m_codes[i] & 0x7f) << 20) + m_base)
-                - cylora_float_of(m_base);
-            m[i] = cylora_float_of(cylora_bits_of(magnitude) | (uint32_t) (m_codes[i] & 0x80) << 24);
+            const int32_t code = (int8_t) m_codes[i];
+            const uint32_t magnitude = (uint32_t) (code < 0 ? -code : code) << 20;
+            const float xm = cylora_float_of(magnitude + m_base) - cylora_float_of(m_base);
+            m[i] = cylora_float_of(cylora_bits_of(xm) | ((uint32_t) code & 0x80000000u));
             v[i] = cylora_float_of(((uint32_t) v_codes[i] << 20) + v_base) - cylora_float_of(v_base);
         }
     }
@@ -86,11 +87,10 @@ cdef extern from *:
                 const __m256 raised = _mm256_add_ps(_mm256_loadu_ps(v + i + 8 * j), _mm256_castsi256_ps(vb));
                 const __m256i tm = _mm256_sub_epi32(_mm256_add_epi32(_mm256_castps_si256(lifted), _mm256_srli_epi32(r, 12)), mb);
                 const __m256i tv = _mm256_sub_epi32(_mm256_add_epi32(_mm256_castps_si256(raised), _mm256_and_si256(r, low)), vb);
-                cm[j] = _mm256_or_si256(
-                    _mm256_srli_epi32(tm, 20), _mm256_and_si256(_mm256_srli_epi32(xm, 24), _mm256_set1_epi32(0x80)));
+                cm[j] = _mm256_sign_epi32(_mm256_srli_epi32(tm, 20), xm);
                 cv[j] = _mm256_srli_epi32(tv, 20);
             }
-            const __m256i packed_m = _mm256_packus_epi16(_mm256_packs_epi32(cm[0], cm[1]), _mm256_packs_epi32(cm[2], cm[3]));
+            const __m256i packed_m = _mm256_packs_epi16(_mm256_packs_epi32(cm[0], cm[1]), _mm256_packs_epi32(cm[2], cm[3]));
             const __m256i packed_v = _mm256_packus_epi16(_mm256_packs_epi32(cv[0], cv[1]), _mm256_packs_epi32(cv[2], cv[3]));
             _mm256_storeu_si256((__m256i *) (m_codes + i), _mm256_permutevar8x32_epi32(packed_m, order));
             _mm256_storeu_si256((__m256i *) (v_codes + i),
@@ -102,7 +102,8 @@ cdef extern from *:
             const float lifted = cylora_float_of(bits & 0x7fffffffu) + cylora_float_of(m_base);
             const float raised = v[i] + cylora_float_of(v_base);
             const uint32_t code = (cylora_bits_of(raised) + (r & 0xfffffu) - v_base) >> 20;
-            m_codes[i] = (uint8_t) ((cylora_bits_of(lifted) + (r >> 12) - m_base) >> 20 | (bits >> 24 & 0x80u));
+            const int32_t magnitude = (int32_t) ((cylora_bits_of(lifted) + (r >> 12) - m_base) >> 20);
+            m_codes[i] = (uint8_t) (bits >> 31 ? -magnitude : magnitude);
             v_codes[i] = (uint8_t) (code > 0 ? code : 1);
         }
     }
