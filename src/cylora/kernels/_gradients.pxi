@@ -5,8 +5,7 @@
 cdef extern from *:
     """
     #ifdef __AVX2__
-    #include <immintrin.h>
-    static inline void cylora_add_squares_16(double *lanes, const float *g, Py_ssize_t groups) {
+    CYLORA_INLINE void cylora_add_squares_16(double *lanes, const float *g, Py_ssize_t groups) {
         __m256d s0 = _mm256_loadu_pd(lanes), s1 = _mm256_loadu_pd(lanes + 4);
         __m256d s2 = _mm256_loadu_pd(lanes + 8), s3 = _mm256_loadu_pd(lanes + 12);
         for (; groups > 0; groups--, g += 16) {
@@ -23,7 +22,7 @@ cdef extern from *:
         _mm256_storeu_pd(lanes + 12, s3);
     }
     #else
-    static inline void cylora_add_squares_16(double *lanes, const float *g, Py_ssize_t groups) {
+    CYLORA_INLINE void cylora_add_squares_16(double *lanes, const float *g, Py_ssize_t groups) {
         double sums[16];
         for (int j = 0; j < 16; j++) sums[j] = lanes[j];
         for (; groups > 0; groups--, g += 16)
@@ -38,31 +37,33 @@ cdef extern from *:
     void add_squares_16 "cylora_add_squares_16"(double* lanes, const float* g, Py_ssize_t groups) noexcept nogil
 
 
-cdef inline float from_bfloat16(uint16_t bits) noexcept nogil:
-    return float_of(<uint32_t> bits << 16)
-
-
-cdef inline float from_float16(uint16_t half) noexcept nogil:
-    """Exact. A subnormal number gets an implicit one that is then subtracted: no operand here is subnormal in float32."""
-    cdef uint32_t bits = (<uint32_t> half & 0x7fffu) << 13, exponent = bits & 0x0f800000u
-    cdef uint32_t special = 0 - <uint32_t> (exponent == 0x0f800000u), subnormal = 0 - <uint32_t> (exponent == 0)
-    bits = bits + (112u << 23) + (special & 112u << 23) + (subnormal & 1u << 23)
-    bits = bits_of(float_of(bits) - float_of(subnormal & 113u << 23))
-    return float_of(bits | (<uint32_t> half & 0x8000u) << 16)
+cdef extern from *:
+    """
+    /* Exact. A subnormal number gets an implicit one that is then subtracted: no operand here is subnormal in float32. */
+    CYLORA_INLINE float cylora_from_float16(uint16_t half) {
+        uint32_t bits = (half & 0x7fffu) << 13;
+        const uint32_t exponent = bits & 0x0f800000u;
+        const uint32_t special = 0u - (uint32_t) (exponent == 0x0f800000u), subnormal = 0u - (uint32_t) (exponent == 0);
+        bits += (112u << 23) + (special & 112u << 23) + (subnormal & 1u << 23);
+        bits = cylora_bits_of(cylora_float_of(bits) - cylora_float_of(subnormal & 113u << 23));
+        return cylora_float_of(bits | (half & 0x8000u) << 16);
+    }
+    """
+    float from_float16 "cylora_from_float16"(uint16_t half) noexcept nogil
 
 
 # The CPU's own instruction where there is one: as exact, in a third of the time.
 cdef extern from *:
     """
     #ifdef __F16C__
-    static inline Py_ssize_t cylora_widen_8(float *wide, const uint16_t *half, Py_ssize_t n) {
+    CYLORA_INLINE Py_ssize_t cylora_widen_8(float *wide, const uint16_t *half, Py_ssize_t n) {
         Py_ssize_t i = 0;
         for (; i + 8 <= n; i += 8)
             _mm256_storeu_ps(wide + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (half + i))));
         return i;
     }
     #else
-    static inline Py_ssize_t cylora_widen_8(float *wide, const uint16_t *half, Py_ssize_t n) { return 0; }
+    CYLORA_INLINE Py_ssize_t cylora_widen_8(float *wide, const uint16_t *half, Py_ssize_t n) { return 0; }
     #endif
     """
     Py_ssize_t widen_8 "cylora_widen_8"(float* wide, const uint16_t* half, Py_ssize_t n) noexcept nogil

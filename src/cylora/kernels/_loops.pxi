@@ -24,18 +24,25 @@ cdef extern from *:
     ctypedef uint16_t* out_halves "uint16_t *__restrict__"
     ctypedef const uint32_t* in_noise "const uint32_t *__restrict__"
 
+# What is done on bits is written in C: it counts modulo 2^32, which Cython's checked build takes for an error.
 cdef extern from *:
     """
     #include <stdint.h>
     #include <string.h>
-    static inline uint32_t cylora_bits_of(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
-    static inline float cylora_float_of(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+    #ifdef __AVX2__
+    #include <immintrin.h>
+    #endif
+    #define CYLORA_INLINE static inline __attribute__((always_inline))
+    CYLORA_INLINE uint32_t cylora_bits_of(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+    CYLORA_INLINE float cylora_float_of(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+    /* x if keep is 1, 0 if it is 0, in a form that every compiler vectorises. */
+    CYLORA_INLINE float cylora_kept(float x, uint32_t keep) { return cylora_float_of(cylora_bits_of(x) & (0u - keep)); }
     """
     uint32_t bits_of "cylora_bits_of"(float x) noexcept nogil
-    float float_of "cylora_float_of"(uint32_t bits) noexcept nogil
+    float kept "cylora_kept"(float x, uint32_t keep) noexcept nogil
 
-include "_gradients.pxi"
 include "_moments.pxi"
+include "_gradients.pxi"
 
 cdef extern from *:
     """
@@ -91,11 +98,6 @@ cdef enum:      # of a chunk
     LIVE        # has a gradient
     QUIET       # has none: every element of it is zero
     SILENT      # nor a first moment, and no l2 decay: no parameter moves but by its decay
-
-
-cdef inline float kept(float x, uint32_t keep) noexcept nogil:
-    """``x`` if ``keep`` is 1, 0 if it is 0, in a form that every compiler vectorises."""
-    return float_of(bits_of(x) & (0 - keep))
 
 
 cdef inline void advance_moments(
@@ -158,8 +160,8 @@ cdef inline void span_bfloat16(
         mi, vi = from_bfloat16(m[i]), from_bfloat16(v[i])
         advance_moments(p[i], g[i], &mi, &vi, k, l2, mode)
         new_m[i], new_v[i] = mi, vi
-        m[i] = to_bfloat16(mi, noise[i] + shift)
-        v[i] = to_bfloat16(vi, (noise[i] + shift) >> 16)
+        m[i] = m_to_bfloat16(mi, noise[i], shift)
+        v[i] = v_to_bfloat16(vi, noise[i], shift)
     for i in range(n):
         p[i] = advanced(p[i], new_m[i], new_v[i], k, l2, mode)
 
@@ -245,7 +247,7 @@ cdef bint is_zero(in_floats g, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(n):
         any_bit |= bits_of(g[i])
-    return any_bit << 1 == 0  # but for the signs
+    return any_bit & 0x7fffffffu == 0  # signs aside
 
 
 cdef void update_quiet_chunk(const AdamStep* step, Py_ssize_t start, in_floats g, Py_ssize_t n) noexcept nogil:

@@ -14,33 +14,47 @@ A power of two, so that the grid stays where it is while the largest of a chunk 
 nothing here is subnormal.
 """
 
-cdef uint64_t mix(uint64_t x) noexcept nogil:
-    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): a bijection whose output bits look independent."""
-    x = (x ^ x >> 30) * <uint64_t> 0xbf58476d1ce4e5b9u
-    x = (x ^ x >> 27) * <uint64_t> 0x94d049bb133111ebu
-    return x ^ x >> 31
+cdef extern from *:
+    """
+    /* The finaliser of SplitMix64 (Steele, Lea & Flood 2014): a bijection whose output bits look independent. */
+    CYLORA_INLINE uint64_t cylora_mix(uint64_t x) {
+        x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
+        x = (x ^ x >> 27) * UINT64_C(0x94d049bb133111eb);
+        return x ^ x >> 31;
+    }
+    CYLORA_INLINE uint32_t cylora_noise_at(uint64_t key, uint64_t index) {
+        return (uint32_t) (cylora_mix(key + (index + 1) * UINT64_C(0x9e3779b97f4a7c15)) >> 32);
+    }
+    CYLORA_INLINE void cylora_fill_noise(uint32_t *noise, Py_ssize_t n, uint64_t key) {
+        for (Py_ssize_t i = 0; i < n; i++) noise[i] = cylora_noise_at(~key, (uint64_t) i);
+    }
 
-
-cdef uint32_t noise_at(uint64_t key, uint64_t index) noexcept nogil:
-    return <uint32_t> (mix(key + (index + 1) * <uint64_t> 0x9e3779b97f4a7c15u) >> 32)
+    CYLORA_INLINE float cylora_from_bfloat16(uint16_t bits) { return cylora_float_of((uint32_t) bits << 16); }
+    CYLORA_INLINE uint16_t cylora_m_to_bfloat16(float m, uint32_t noise, uint32_t shift) {
+        return (uint16_t) ((cylora_bits_of(m) + ((noise + shift) & 0xffffu)) >> 16);
+    }
+    CYLORA_INLINE uint16_t cylora_v_to_bfloat16(float v, uint32_t noise, uint32_t shift) {
+        return (uint16_t) ((cylora_bits_of(v) + ((noise + shift) >> 16)) >> 16);
+    }
+    """
+    uint64_t mix "cylora_mix"(uint64_t x) noexcept nogil
+    uint32_t noise_at "cylora_noise_at"(uint64_t key, uint64_t index) noexcept nogil
+    void fill_noise "cylora_fill_noise"(uint32_t* noise, Py_ssize_t n, uint64_t key) noexcept nogil
+    float from_bfloat16 "cylora_from_bfloat16"(uint16_t bits) noexcept nogil
+    uint16_t m_to_bfloat16 "cylora_m_to_bfloat16"(float m, uint32_t noise, uint32_t shift) noexcept nogil
+    uint16_t v_to_bfloat16 "cylora_v_to_bfloat16"(float v, uint32_t noise, uint32_t shift) noexcept nogil
 
 
 cdef void draw_noise(AdamStep* step, int64_t t) noexcept nogil:
-    cdef Py_ssize_t i
     step.scalars.noise_key = mix(<uint64_t> t)
-    for i in range(min(step.n, CHUNK)):
-        step.noise[i] = noise_at(~step.scalars.noise_key, i)
-
-
-cdef inline uint16_t to_bfloat16(float x, uint32_t noise) noexcept nogil:
-    return <uint16_t> (bits_of(x) + (noise & 0xffffu) >> 16)
+    fill_noise(step.noise, min(step.n, CHUNK), step.scalars.noise_key)
 
 
 # The 8-bit codes of up to one chunk, to and from float32. The AVX2 blocks do what the loops after them do, which GCC turns
 # into three times as many instructions, most of them for packing.
 cdef extern from *:
     """
-    static inline void cylora_decode(
+    CYLORA_INLINE void cylora_decode(
         float *m, float *v, const uint8_t *m_codes, const uint8_t *v_codes, Py_ssize_t n, uint32_t m_base, uint32_t v_base
     ) {
         Py_ssize_t i = 0;
@@ -68,7 +82,7 @@ cdef extern from *:
         }
     }
 
-    static inline void cylora_encode(
+    CYLORA_INLINE void cylora_encode(
         uint8_t *m_codes, uint8_t *v_codes, const float *m, const float *v, Py_ssize_t n, uint32_t m_base, uint32_t v_base,
         const uint32_t *noise, uint32_t shift
     ) {
