@@ -11,10 +11,7 @@ from cylora.trainer import LoraTrainer
 
 __all__ = ["step_many"]
 
-Job = tuple[Any, ...]
-
-
-def step_many(jobs: Iterable[Job], *, threads: int | None = None) -> list[TrainingStep | Exception]:
+def step_many(jobs: Iterable[tuple[Any, ...]], *, threads: int | None = None) -> list[TrainingStep | Exception]:
     """Do one step of each of many independent trainers in one call, and return what each came to.
 
     For thousands of small adapters: all norms and updates run in one stretch of C, without the GIL.
@@ -47,15 +44,5 @@ def step_many(jobs: Iterable[Job], *, threads: int | None = None) -> list[Traini
         given = iter(jobs)
     except TypeError:
         raise InputError(f"jobs must be an iterable of tuples, got {type(jobs).__name__}") from None
-    results: list[TrainingStep | Exception] = carry_out([_prepared(job) for job in given], count)
+    results: list[TrainingStep | Exception] = carry_out(given, LoraTrainer.prepared_step, count)
     return results
-
-
-def _prepared(job: Job) -> Job | Exception:
-    """Return what the kernel needs of a job, or the error that it already is."""
-    try:
-        if not isinstance(job, tuple) or len(job) not in (4, 5) or not isinstance(job[0], LoraTrainer):
-            raise InputError(f"a job must be (trainer, loss, adapter, grad_a, grad_b), got {str(job)[:80]}")
-        return job[0].prepared_step(*job[1:])
-    except Exception as error:  # whatever step would have raised for this one job
-        return error

@@ -98,6 +98,8 @@ class LoraTrainer:
         self, loss: float, adapter: LoraAdapter | AdapterSet, grad_a: Any, grad_b: Any = None
     ) -> tuple[Adam, float, Any, Any]:
         """Return what `step` would hand to the kernel, for `cylora.step_many`. Arguments and errors as for `step`."""
+        if not isinstance(self, LoraTrainer):  # called as a function, with a job's items
+            raise InputError(f"a job must begin with a LoraTrainer, got {type(self).__name__}")
         adam = self._adam
         if adam is None or adapter is not self._adapters:
             adam = self._ready(adapter)

@@ -7,11 +7,11 @@ new for each step, plus a number of its own for each chunk, modulo 2^32. Any two
 
 8 bits (blocks of 256 with their own scale and codes of a dynamic range, as Dettmers et al. 2022, arXiv:2110.02861; the
 codes are ours, made for shifts instead of tables): x = c * (2^e * (1 + f/8) - 1), e and f/8 the code's exponent and
-fraction, c a power of two for the chunk, and for m the code's sign. The grid is linear up to c, where every step is c/8, and has 8 steps an octave
-above. m: -127..127, so 4 bits e and 3 bits f: 16 octaves. v: 0..255, so 32 octaves, and never below c/8: where m is
-not 0, v is not either, and what an element with a gradient far below its chunk's largest loses is speed, not safety.
-A power of two, so that the grid stays where it is while the largest of a chunk moves, and 2^-100 at least, so that
-nothing here is subnormal.
+fraction, c a power of two for the chunk, and for m the code's sign. The grid is linear up to c, where every step is
+c/8, and has 8 steps an octave above. m: -127..127, so 4 bits e and 3 bits f: 16 octaves. v: 0..255, so 32 octaves, and
+never below c/8: where m is not 0, v is not either, and what an element with a gradient far below its chunk's largest
+loses is speed, not safety. c is a power of two, so that the grid stays where it is while the largest of a chunk moves,
+and 2^-100 at least, so that nothing here is subnormal.
 """
 
 cdef extern from *:

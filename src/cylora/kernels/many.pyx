@@ -6,6 +6,11 @@ from cylora.kernels._fpenv cimport fp_enter, fp_leave
 from cylora.kernels.adam cimport PreparedAdam, Task, carry_out
 from cylora.kernels.threads cimport close_team, open_team, share
 
+from cylora.errors import InputError
+
+cdef enum:
+    WAVE = 32   # steps carried out, then recorded, while what they touched is still in the cache
+
 cdef double STEP_US = 1.0, ELEMENT_US = 0.4e-3  # what one thread takes for a step: as a rule, to judge what sharing is worth
 
 
@@ -38,53 +43,68 @@ cdef bint _overlap(Task** tasks, Py_ssize_t count) noexcept nogil:
     return found
 
 
-cdef void _carry_out_all(Task** tasks, Py_ssize_t count, int threads) noexcept nogil:
+cdef bint _share_out(Task** tasks, Py_ssize_t count, int threads) noexcept nogil:
+    """Carry all out by several threads, or do nothing and return False if that is not possible or not worth it."""
     cdef double work = 0.0
     cdef Py_ssize_t i
-    if threads > 1:
-        for i in range(count):
-            work += STEP_US + ELEMENT_US * tasks[i].step.n
-        # Two trainers of one adapter go one after the other, in the order given.
-        if not _overlap(tasks, count) and open_team(threads, work):
-            share(_carry_out_some, tasks, count, 1 if count < 64 else count // 64)
-            close_team()
-            return
-    _carry_out_some(tasks, 0, count)
+    if threads < 2:
+        return False
+    for i in range(count):
+        work += STEP_US + ELEMENT_US * tasks[i].step.n
+    # Two trainers of one adapter go one after the other, in the order given.
+    if _overlap(tasks, count) or not open_team(threads, work):
+        return False
+    share(_carry_out_some, tasks, count, 1 if count < 64 else count // 64)
+    close_team()
+    return True
 
 
-def step_many(list entries not None, int threads):
-    """Do one step for each entry (PreparedAdam, loss, grad_a, grad_b); return a list of records and errors in their place.
+cdef str _shown(object job):
+    return f"a tuple of {len(job)}" if isinstance(job, tuple) else type(job).__name__
 
-    An entry that is an exception stands for itself. An error of one step (an Exception) touches no other; an interrupt
-    (any other BaseException) before the first of them writes leaves everything as it was.
+
+def step_many(jobs, prepared, int threads):
+    """Do one step for each job; return a list of records and errors in their order.
+
+    ``prepared(*job)`` returns (PreparedAdam, loss, grad_a, grad_b), or raises that job's error. An error of one step (an
+    Exception) touches no other. An interrupt (any other BaseException) leaves everything as it was, unless it comes after
+    all steps are done, out of a report or the making of an error.
     """
-    cdef Py_ssize_t count = 0, i, n = len(entries)
-    cdef list results = list(entries)
+    cdef list results = list(jobs)
+    cdef Py_ssize_t count = 0, done = 0, wave, i, n = len(results)
     cdef list adams = [None] * n
     cdef Py_ssize_t* places = <Py_ssize_t*> calloc(n + 1, sizeof(Py_ssize_t))
     cdef Task** tasks = <Task**> calloc(n + 1, sizeof(Task*))
     cdef PreparedAdam adam
+    cdef bint is_shared
     cdef uint64_t fp = fp_enter()
     try:
         if places == NULL or tasks == NULL:
             raise MemoryError()
         try:
             for i in range(n):
-                entry = entries[i]
-                if isinstance(entry, BaseException):
-                    continue
                 try:
-                    adam = entry[0]
-                    adam.begin(entry[1], entry[2], entry[3], False)
+                    job = results[i]
+                    if not isinstance(job, tuple) or not 4 <= len(job) <= 5:
+                        raise InputError(f"a job must be (trainer, loss, adapter, grad_a, grad_b), got {_shown(job)}")
+                    adam, loss, grad_a, grad_b = prepared(*job)
+                    adam.begin(loss, grad_a, grad_b, False)
                 except Exception as error:
                     results[i] = error
                     continue
                 adams[count], places[count], tasks[count] = adam, i, &adam.task
                 count += 1
             with nogil:
-                _carry_out_all(tasks, count, threads)
-            for i in range(count):  # nothing in here runs Python code, so nothing can come between
-                results[places[i]] = (<PreparedAdam> adams[i]).commit()
+                is_shared = _share_out(tasks, count, threads)
+            # From here on no Python code runs until every step is done, so nothing can come between.
+            while done < count:
+                wave = min(count - done, WAVE)
+                if not is_shared:
+                    with nogil:
+                        _carry_out_some(tasks, done, done + wave)
+                for i in range(done, done + wave):
+                    results[places[i]] = (<PreparedAdam> adams[i]).commit()
+                done += wave
             for i in range(count):
                 if results[places[i]] is None:
                     results[places[i]] = (<PreparedAdam> adams[i]).refused()
