@@ -1,7 +1,7 @@
 """The kernels as a test calls them: one step on arrays of the test's choosing, at any address and from any state."""
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +14,30 @@ Floats = NDArray[np.float32]
 NONE = np.zeros(0, np.uint8)
 
 
-def prepare(p: Floats, m: Floats, v: Floats, rule: Rule, t: int = 1, **shapes: tuple[int, int]) -> PreparedAdam:
+class Stored(NamedTuple):
+    """Moments as the kernels keep them: the number of a form in _loops.pxd, and arrays of any type."""
+
+    kind: int
+    m: NDArray[Any]
+    v: NDArray[Any]
+    m_exponents: NDArray[np.uint8] = NONE
+    v_exponents: NDArray[np.uint8] = NONE
+
+
+def prepare_stored(
+    p: Floats, stored: Stored, rule: Rule, t: int = 1, threads: int = 1, **shapes: tuple[int, int]
+) -> PreparedAdam:
     """Return the prepared step t (1-based) over these very arrays; nothing finite is refused."""
-    moments = (0, m.view(np.uint8), v.view(np.uint8), NONE, NONE)
     return PreparedAdam(
-        p, moments, beta1=rule.beta1, beta2=rule.beta2, eps=rule.eps, weight_decay=rule.weight_decay, l2=rule.mode == "l2",
-        max_grad_norm=rule.max_norm, norm_limit=sys.float_info.max, t=t - 1, **shapes,
+        p, (stored.kind, *(x.view(np.uint8) for x in stored[1:])), beta1=rule.beta1, beta2=rule.beta2, eps=rule.eps,
+        weight_decay=rule.weight_decay, l2=rule.mode == "l2", max_grad_norm=rule.max_norm,
+        norm_limit=sys.float_info.max, t=t - 1, threads=threads, **shapes,
     )  # fmt: skip
+
+
+def prepare(p: Floats, m: Floats, v: Floats, rule: Rule, t: int = 1, **shapes: tuple[int, int]) -> PreparedAdam:
+    """Return the prepared step t over these very arrays, moments in float32."""
+    return prepare_stored(p, Stored(0, m, v), rule, t, **shapes)
 
 
 def step(adam: PreparedAdam, rate: float, gradient: Any) -> float:

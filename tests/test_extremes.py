@@ -91,6 +91,19 @@ def test_gradient_beyond_two_to_the_63_is_refused_without_clipping():
         adam.step(one(np.nextafter(np.float32(2.0**63), np.float32(np.inf))))
 
 
+@pytest.mark.parametrize("size", [1e-18, 1e-8, 1.0, 1e15])
+def test_gradient_that_returns_to_dropped_moments_moves_a_weight_like_a_first_one(size):
+    """Both are 0 by then. v begins anew with (1 - beta2) g^2, so a step is (1 - beta1) / sqrt(1 - beta2) rates."""
+    p = one(0.0)
+    adam = Adam(p, learning_rate=1e-3, beta2=0.95, eps=1e-30)
+    for g in [1e-3] * 20 + [0.0] * 2000:
+        adam.step(one(g))
+    assert (adam.m[0], adam.v[0]) == (0.0, 0.0)
+    before = float(p[0])
+    adam.step(one(size))
+    assert abs(p[0] - before) == pytest.approx(1e-3 * 0.1 / math.sqrt(0.05), rel=1e-3)
+
+
 def test_decay_that_would_grow_the_weights_is_refused():
     """Decoupled decay multiplies by 1 - rate * decay: beyond 2 that is below -1, and the weights leave float32."""
     with pytest.raises(ConfigError, match=r"learning_rate times weight_decay must be at most 2 .*, got 3 times 1"):

@@ -81,6 +81,38 @@ def test_bits_do_not_depend_on_variant_address_or_floating_point_state_long() ->
     assert check_equal_everywhere("long") >= 40_000 * len(RUNNABLE)
 
 
+def check_forms_and_threads(per_size: int) -> int:
+    """Assert one digest for each form of state, kind of gradient, decay mode and size; return the combinations done.
+
+    On Linux the worker sees from page faults whether a helper touched the arrays of a step. Which of many short pieces
+    the helpers get is the scheduler's affair, but over hundreds of steps they must have had a part.
+    """
+    what = f"threads {per_size}"
+    combinations = check_equal_everywhere(what)
+    for isa in RUNNABLE:
+        result = worker(isa, what)
+        assert result["helpers"] == 15
+        assert result["helped"] >= 0.1 * result["shared"] > 30, result["helped"]
+        names = [name.rpartition(", ")[0] for name in result["digests"]]
+        assert len(set(names)) == 3 * 3 * 2
+    return combinations
+
+
+def test_bits_do_not_depend_on_threads_nor_on_how_gradients_come() -> None:
+    """More than 2,000 combinations on each variant: 1 to 16 threads, 16 addresses, 5 floating-point states.
+
+    With moments in float32, bfloat16 and 8 bits; gradients in float32, float16 and bfloat16 or widened beforehand, flat
+    or in two pieces of equal or unequal types that meet inside a chunk, a block or at their ends; in both decay modes.
+    Half of the chunks have no gradient, some no first moment: the loops for these must give the same bits, too.
+    """
+    assert check_forms_and_threads(54) >= 2_000 * len(RUNNABLE)
+
+
+@pytest.mark.nightly
+def test_bits_do_not_depend_on_threads_nor_on_how_gradients_come_long() -> None:
+    assert check_forms_and_threads(612) >= 25_000 * len(RUNNABLE)
+
+
 def test_bits_do_not_depend_on_how_a_vector_is_cut() -> None:
     """One flat vector, a pair of matrices, many arrays, a Gradients, a set of one: an element's place decides alone."""
     check_equal_everywhere("segments")

@@ -6,15 +6,17 @@ Read with objdump, which comes with the compiler (binutils). Without it these te
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import pytest
 
 from cylora.optimizer import variants
 
 MODULES = {"baseline": "_baseline", "x86-64-v3": "_x86_64_v3"}
-OTHERS = ("_cpu", "dispatch", "buffers", "arrays", "adam")
+OTHERS = ("_cpu", "dispatch", "buffers", "arrays", "threads", "adam", "many")
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 
 # Fused multiply-add (x86: vfmadd132ps, vfnmsub231sd, ...; ARM: fmla, fmadd) and estimates of 1/x and 1/sqrt(x).
@@ -34,9 +36,18 @@ VECTORS = {
 }
 
 
+class Instruction(NamedTuple):
+    """One of a function's instructions."""
+
+    address: int
+    function: str
+    name: str
+    operands: str
+
+
 @cache
-def instructions(module: str) -> list[tuple[str, str, str]]:
-    """Return (function, mnemonic, operands) for every instruction of a compiled module."""
+def listing(module: str) -> list[Instruction]:
+    """Return all instructions of a compiled module, in order."""
     spec = find_spec(f"cylora.kernels.{module}")
     assert spec is not None, f"cylora.kernels.{module} was not built"
     assert spec.origin is not None
@@ -47,13 +58,57 @@ def instructions(module: str) -> list[tuple[str, str, str]]:
     for line in listing.splitlines():
         if label := re.fullmatch(r"[0-9a-f]+ <(.+)>:", line):
             function = label[1]
-        elif code := re.fullmatch(r"\s+[0-9a-f]+:\s+(.+)", line):
-            words = code[1].split()
+        elif code := re.fullmatch(r"\s+([0-9a-f]+):\s+(.+)", line):
+            words = code[2].split()
             while words[0] in ("bnd", "rep", "repz", "repnz", "lock", "notrack", "data16", "cs", "ds"):
                 words = words[1:] or ["nop"]
-            found.append((function, words[0], " ".join(words[1:])))
+            found.append(Instruction(int(code[1], 16), function, words[0], " ".join(words[1:])))
     assert len(found) > 50, f"objdump saw {len(found)} instructions in {spec.origin}"
     return found
+
+
+def instructions(module: str) -> list[tuple[str, str, str]]:
+    """Return (function, mnemonic, operands) for every instruction of a compiled module."""
+    return [instruction[1:] for instruction in listing(module)]
+
+
+def innermost_loops(module: str) -> Iterator[list[Instruction]]:
+    """Yield what lies between each backward jump and its target, but for ranges with another such range inside."""
+    code = listing(module)
+    place = {instruction.address: i for i, instruction in enumerate(code)}
+    ranges = []
+    for i, (address, function, name, operands) in enumerate(code):
+        target = re.match(r"[0-9a-f]+", operands) if name.startswith("j") else None
+        start = place.get(int(target[0], 16)) if target else None
+        if start is not None and code[start].address <= address and code[start].function == function:
+            ranges.append((start, i))
+    for start, end in ranges:
+        if not any((a, b) != (start, end) and start <= a and b <= end for a, b in ranges):
+            yield code[start : end + 1]
+
+
+def unpacks(name: str, *of: str) -> bool:
+    return any(re.fullmatch(f"vpmovzx{kind}", name) for kind in of)
+
+
+def form_of(loop: list[Instruction]) -> tuple[str, int] | None:
+    """Return which form's update a loop is, by how it reads moments, and comparisons for each root; None: no update.
+
+    Of float32 moments it stores three vectors for each root it takes; to bfloat16 it packs; codes it unpacks.
+    """
+    wide = [x for x in loop if "%ymm" in x.operands]
+    roots = sum(x.name == "vsqrtps" for x in wide)
+    quotients = sum(x.name == "vdivps" for x in wide)
+    if roots == 0 or quotients != roots or any(x.name in ("vsqrtss", "vdivss") for x in loop):
+        return None
+    compared = sum(re.match(r"vp?cmp|vp?min|vp?max", x.name) is not None for x in wide)
+    if any(unpacks(x.name, "bd", "bw") for x in wide):
+        return "8bit", compared // roots
+    if any(unpacks(x.name, "wd") for x in wide):
+        packs = any(re.match("vpack|vpshufb", x.name) for x in loop)
+        return ("bfloat16", compared // roots) if packs else None
+    stores = sum(re.fullmatch(r"%ymm\d+,.*\(.*\)", x.operands) is not None for x in wide)
+    return ("float32", compared // roots) if stores == 3 * roots else None
 
 
 @pytest.mark.parametrize("module", [*(MODULES[name] for name in variants), *OTHERS])
@@ -72,6 +127,19 @@ def test_machine_code_has_the_vector_loops(isa: str) -> None:
         assert count > 0, f"{isa} has no {mnemonic} on {operand}"
     for _, name, operands in code:
         assert "call" not in name or "sqrt" not in operands, f"{isa} calls the C library's square root: {operands}"
+
+
+@pytest.mark.skipif("x86-64-v3" not in variants, reason="only there are registers of 8 floats")
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "8bit"])
+def test_machine_code_has_each_forms_update_in_vectors(form: str) -> None:
+    """The loop of chunks with a gradient compares nothing; with l2 decay, up to three times for the gradient's bound.
+
+    Those of chunks without a gradient compare in other numbers. A loop that GCC left scalar has no packed root; one
+    that is scalar in part has single roots beside those.
+    """
+    loops = [form_of(loop) for loop in innermost_loops("_x86_64_v3")]
+    assert (form, 0) in loops, f"{form}: no vector loop of the decoupled step among {loops}"
+    assert (form, 2) in loops or (form, 3) in loops, f"{form}: no vector loop of the l2 step among {loops}"
 
 
 @pytest.mark.skipif(not X86_64, reason="AVX exists on x86-64 alone")

@@ -63,8 +63,8 @@ cdef inline void advance_moments(
     """One element's moments, in increment form.
 
     Without a gradient they decay to 0, not for good to subnormal numbers, which take the arithmetic units up to ten times
-    as long. They are dropped while their products with 1 - beta are normal, far below what eps (1e-30 at least) lets a
-    parameter feel; v only once m is gone.
+    as long: m is dropped while its product with 1 - beta1 is normal, far below what eps (1e-30 at least) lets a parameter
+    feel; v once m is gone, below 2^-112, which a later step feels only if its gradient and eps are below some 1e-16.
     """
     cdef float bound = 9.2233720368547758e18  # 2^63: callers see to it that g * clip keeps it; a huge weight may not
     cdef float gi = g * k.clip_scale, mi, vi
