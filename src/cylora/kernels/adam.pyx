@@ -355,7 +355,8 @@ cdef class PreparedAdam:
         _put(record, 0, step)
         _put(record, 1, self.loss)
         _put(record, 2, rate)
-        _put(record, 3, 0.5)  # made now because later nothing may fail; `commit` sets the value
+        # Made now because later nothing may fail; `commit` sets the value. Not from a literal: that is one object for all.
+        _put(record, 3, self.task.norm)
         _put(record, 4, exp(self.loss))
         _put(record, 5, False)
         self.record = record
