@@ -238,6 +238,7 @@ def scheduled(instead: Callable[[], Any]) -> Callable[[Crowd, tuple], Any]:
 
 
 JOB = r"a job must be \(trainer, loss, adapter, grad_a, grad_b\), got "
+TRAINER = "a job must begin with a LoraTrainer, got "
 CAUSES: dict[str, tuple[Callable[[Crowd, tuple], Any], type[Exception], str]] = {
     "NaN": (nan_gradient, NonFiniteGradientError, r"gradient of A must be finite, got nan at \[1, 2\]"),
     "huge": (lambda c, j: (*j[:3], np.full((3, 6), 1e30, "f4"), j[4]), NonFiniteGradientError, r"at most 2\^63"),
@@ -250,7 +251,7 @@ CAUSES: dict[str, tuple[Callable[[Crowd, tuple], Any], type[Exception], str]] = 
     "its own parameters": (lambda c, j: (*j[:3], j[2].flat.vector), InputError, "must not overlap the parameters"),
     "no adapter": (lambda c, j: (*j[:2], "adapter", *j[3:]), InputError, "adapter must be a LoraAdapter or"),
     "another adapter": (lambda c, j: (*j[:2], make_adapter(7), *j[3:]), StateError, "must be the one of the first"),
-    "a neighbour's adapter": (lambda c, j: (*j[:2], c.adapters[-1], *j[3:]), StateError, "must be the one of the first"),
+    "a neighbour's adapter": (lambda c, j: (*j[:2], c.adapters[-1], *j[3:]), StateError, "must be the one of the"),
     "no loss": (lambda c, j: (j[0], None, *j[2:]), InputError, "loss must be a real number"),
     "loss that raises": (lambda c, j: (j[0], Loss(fail), *j[2:]), ZeroDivisionError, "on purpose"),
     "loss that is text": (lambda c, j: (j[0], Loss(lambda: "1"), *j[2:]), InputError, "loss must be a real number"),
@@ -263,9 +264,9 @@ CAUSES: dict[str, tuple[Callable[[Crowd, tuple], Any], type[Exception], str]] = 
     "no items": (lambda c, j: (), InputError, JOB),
     "a list": (lambda c, j: list(j), InputError, JOB),
     "None": (lambda c, j: None, InputError, JOB + "None"),
-    "an exception": (lambda c, j: ValueError("given"), InputError, JOB + "given"),
-    "not a trainer": (lambda c, j: ("trainer", *j[1:]), InputError, JOB),
-    "a trainer's class": (lambda c, j: (LoraTrainer, *j[1:]), InputError, JOB),
+    "an exception": (lambda c, j: ValueError("given"), InputError, JOB + "ValueError"),
+    "not a trainer": (lambda c, j: ("trainer", *j[1:]), InputError, TRAINER + "str"),
+    "a trainer's class": (lambda c, j: (LoraTrainer, *j[1:]), InputError, TRAINER + "type"),
 }  # fmt: skip
 
 
@@ -348,17 +349,15 @@ def test_a_busy_trainer_is_refused_and_the_others_step() -> None:
     assert crowd.marks() == twin.marks()
 
 
-def test_a_trainer_whose_state_is_replaced_meanwhile_is_refused() -> None:
-    """By the loss of the first job: by then the last one's optimizer had been looked up."""
+def test_a_trainer_whose_state_is_replaced_meanwhile_goes_on_from_the_new_one() -> None:
+    """By the loss of the first job: no trainer is looked at before its turn."""
     crowd, twin, state = Crowd(20), Crowd(20), Crowd(20).trainers[2].state_dict()
     jobs = crowd.jobs(1)
     last = crowd.trainers[-1]
     jobs[0] = (jobs[0][0], Loss(lambda: last.load_state_dict(state) or 0.0), *jobs[0][2:])
     results = step_many(jobs)
     twin.trainers[-1].load_state_dict(state)
-    assert results[:-1] == [job[0].step(*job[1:]) for job in twin.jobs(1)[:-1]]
-    assert isinstance(results[-1], TrainerBusyError)
-    assert "another thread has given it another state" in str(results[-1])
+    assert results == [job[0].step(*job[1:]) for job in twin.jobs(1)]
     assert crowd.marks() == twin.marks()
 
 
@@ -463,19 +462,18 @@ def test_a_trainer_that_comes_twice_is_busy_the_second_time(threads: int, shared
     assert crowd.marks() == twin.marks()
 
 
-def test_a_new_trainer_that_comes_with_two_adapters_takes_the_first() -> None:
+@pytest.mark.parametrize("value", [1.0, math.nan])
+def test_a_new_trainer_that_comes_with_two_adapters_takes_the_first(value: float) -> None:
+    """Before its first step it may change its adapter, but not for a later job of the same call, good or bad."""
     trainer, first, second = make_trainer(), make_adapter(1), make_adapter(2)
-    before = fingerprint(second)
-    results = step_many([(trainer, 1.0, first, *make_pair()), (trainer, 1.0, second, *make_pair())])
-    # While both were prepared no step was done, so the trainer could still change its adapter: the first has lost it.
-    done = [isinstance(result, TrainingStep) for result in results]
-    assert sum(done) == 1
-    other, twins = make_trainer(), [make_adapter(1), make_adapter(2)]
-    other.step(1.0, twins[done.index(True)], *make_pair())
-    assert fingerprint(trainer, first, second) == fingerprint(other, *twins)
-    assert done == [False, True]
-    assert isinstance(results[0], TrainerBusyError)
-    assert fingerprint(second) != before
+    other, twin, before = make_trainer(), make_adapter(1), fingerprint(second)
+    a, b = make_pair()
+    results = step_many([(trainer, 1.0, first, a, b), (trainer, 1.0, second, np.full_like(a, value), b)])
+    assert results[0] == other.step(1.0, twin, a, b)
+    assert isinstance(results[1], TrainerBusyError)
+    assert "a step is under way" in str(results[1])
+    assert fingerprint(trainer, first) == fingerprint(other, twin)
+    assert fingerprint(second) == before
 
 
 @pytest.mark.usefixtures("shared")
@@ -659,7 +657,8 @@ def test_two_python_threads_with_the_same_trainers_are_refused_or_served() -> No
 def test_other_threads_run_meanwhile(threads: int, shared: None) -> None:
     """The interpreter is told never to take the GIL away: a counter moves during the call only if the call lets go."""
     adapters = [LoraAdapter(4096, 4096, LoraConfig(rank=64), seed=i) for i in range(4)]
-    jobs = [(make_trainer(), 1.0, a, np.ones(a.param_count(), np.float32)) for a in adapters]
+    jobs = [(make_trainer(history_limit=1), 1.0, a, np.ones(a.param_count(), np.float32)) for a in adapters]
+    step_many(jobs)  # the first steps make arrays, as a history does that grows: NumPy lets go of the GIL for it
     counter, stop = itertools.count(), threading.Event()
     ticks = [0]
 
@@ -676,13 +675,14 @@ def test_other_threads_run_meanwhile(threads: int, shared: None) -> None:
         for _ in range(100):
             before = ticks[0]
             step_many(jobs, threads=threads)
-            if ticks[0] - before > 1:
+            meanwhile = ticks[0] - before
+            if meanwhile > 0:
                 break
     finally:
         stop.set()
         sys.setswitchinterval(interval)
         thread.join()
-    assert ticks[0] - before > 1
+    assert meanwhile > 0
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
