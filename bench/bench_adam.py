@@ -2,4 +2,4 @@
 
 
 def bench_adam(measure, case, peer):
-    measure("adam", case, peer)
+    measure(case, peer)

@@ -2,4 +2,4 @@
 
 
 def bench_clip(measure, case, peer):
-    measure("clip", case, peer)
+    measure(case, peer)

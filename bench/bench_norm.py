@@ -2,4 +2,4 @@
 
 
 def bench_norm(measure, case, peer):
-    measure("norm", case, peer)
+    measure(case, peer)

@@ -2,4 +2,4 @@
 
 
 def bench_trainer(measure, case, peer):
-    measure("trainer", case, peer)
+    measure(case, peer)

@@ -4,7 +4,8 @@ Every version does the same work on float32: clip by the global norm over all te
 
 - ``naive``: a list of tensors, one expression per formula, a temporary for every operator.
 - ``in_place``: the same list, scratch arrays made once, ``out=`` everywhere, scalars folded on paper. What a careful
-  person writes; give it one flat vector or a list of tensors.
+  person writes; give it one flat vector or a list of tensors. These two are the peers of `cylora bench` as well, so
+  their norms and steps live in the package.
 - ``tuned``: one flat vector and nothing left to remove. Measured, largest gain first:
   coefficients are 0-d float32 arrays, written through a memoryview (a Python float costs 0.2 us per call to convert);
   the second moment is kept times (1 - beta1)**2 / (1 - beta2), so that the scaled gradient is squared as it stands;
@@ -16,20 +17,23 @@ Blocks of other sizes, operators instead of ``out=``, and arrays aligned to 16 i
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
-from cases import BETA1, BETA2, EPS, LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY
+
+from cylora._cli_numpy import (
+    BETA1,
+    BETA2,
+    EPS,
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    WEIGHT_DECAY,
+    NumpyAdam,
+    in_place_grad_norm,
+    naive_grad_norm,
+)
 
 STACKED_UP_TO = 4_096
 BLOCK = 65_536
-
-
-class NumpyAdam(NamedTuple):
-    """A step to call with a gradient, and the parameters it updates, in the form they were given."""
-
-    step: Callable[..., float]
-    parameters: list[np.ndarray]
 
 
 def aligned_empty(size: int) -> np.ndarray:
@@ -37,15 +41,6 @@ def aligned_empty(size: int) -> np.ndarray:
     raw = np.empty(size * 4 + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size * 4].view(np.float32)
-
-
-def naive_grad_norm(grads: Sequence[np.ndarray]) -> float:
-    return float(np.sqrt(sum(np.sum(g**2) for g in grads)))
-
-
-def in_place_grad_norm(grads: Sequence[np.ndarray]) -> float:
-    """No temporary: a dot product of each contiguous vector with itself. ``grads`` are 1-D."""
-    return math.sqrt(sum([g.dot(g) for g in grads]))
 
 
 def tuned_grad_norm(grad: np.ndarray) -> float:
@@ -99,72 +94,6 @@ def make_tuned_clip_grad_norm_() -> Callable[[np.ndarray, float], float]:
         return norm
 
     return clip_grad_norm_
-
-
-def make_naive(tensors: Sequence[np.ndarray], *, max_grad_norm: float | None = MAX_GRAD_NORM) -> NumpyAdam:
-    """AdamW as it stands in a textbook. ``max_grad_norm=None`` leaves the norm out altogether."""
-    params = [t.copy() for t in tensors]
-    m = [np.zeros_like(t) for t in tensors]
-    v = [np.zeros_like(t) for t in tensors]
-    t = 0
-
-    def step(grads: Sequence[np.ndarray]) -> float:
-        nonlocal t
-        t += 1
-        norm = 0.0
-        if max_grad_norm is not None:
-            norm = naive_grad_norm(grads)
-            if norm > max_grad_norm:
-                grads = [g * (max_grad_norm / norm) for g in grads]
-        for i, g in enumerate(grads):
-            m[i] = BETA1 * m[i] + (1 - BETA1) * g
-            v[i] = BETA2 * v[i] + (1 - BETA2) * g**2
-            m_hat = m[i] / (1 - BETA1**t)
-            v_hat = v[i] / (1 - BETA2**t)
-            params[i] = params[i] - LEARNING_RATE * (m_hat / (np.sqrt(v_hat) + EPS) + WEIGHT_DECAY * params[i])
-        return norm
-
-    return NumpyAdam(step, params)
-
-
-def make_in_place(tensors: Sequence[np.ndarray], *, max_grad_norm: float | None = MAX_GRAD_NORM) -> NumpyAdam:
-    """AdamW without temporaries; moments as published. ``max_grad_norm=None`` leaves the norm out altogether.
-
-    The tensors and the gradients handed to ``step`` are 1-D; the gradients are read only.
-    """
-    params = [t.copy() for t in tensors]
-    scratch = np.empty(max(t.size for t in tensors), np.float32)
-    state = [(p, np.zeros_like(p), np.zeros_like(p), scratch[: p.size]) for p in params]
-    t = 0
-
-    def step(grads: Sequence[np.ndarray]) -> float:
-        nonlocal t
-        t += 1
-        norm, scale = 0.0, 1.0
-        if max_grad_norm is not None:
-            norm = in_place_grad_norm(grads)
-            if norm > max_grad_norm:
-                scale = max_grad_norm / norm
-        root = math.sqrt(1 - BETA2**t)
-        first, second = (1 - BETA1) * scale, (1 - BETA2) * scale * scale
-        eps, rate, keep = EPS * root, LEARNING_RATE * root / (1 - BETA1**t), 1 - LEARNING_RATE * WEIGHT_DECAY
-        for g, (p, m, v, x) in zip(grads, state, strict=True):
-            np.multiply(m, BETA1, out=m)
-            np.multiply(g, first, out=x)
-            np.add(m, x, out=m)
-            np.multiply(v, BETA2, out=v)
-            np.multiply(g, g, out=x)
-            np.multiply(x, second, out=x)
-            np.add(v, x, out=v)
-            np.sqrt(v, out=x)
-            np.add(x, eps, out=x)
-            np.divide(m, x, out=x)
-            np.multiply(x, rate, out=x)
-            np.multiply(p, keep, out=p)
-            np.subtract(p, x, out=p)
-        return norm
-
-    return NumpyAdam(step, params)
 
 
 def make_tuned(flat: np.ndarray, *, max_grad_norm: float | None = MAX_GRAD_NORM) -> NumpyAdam:

@@ -3,6 +3,7 @@
 import time
 import timeit
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -17,11 +18,14 @@ class Stopwatch:
         self.was_disturbed = False
 
     def seconds(self, calls: int) -> float:
-        """Mean seconds per call over ``calls`` in a row. Sets ``was_disturbed`` if something else had the core."""
+        """Mean seconds per call over ``calls`` in a row. Sets ``was_disturbed`` if something else had a core we needed.
+
+        A thread that sleeps, waiting for its helper, is not disturbed; one that could run and may not is.
+        """
         self.calls += calls
-        worked = time.thread_time()
+        waited = _seconds_waited()
         passed = self._timer.timeit(calls)
-        self.was_disturbed = time.thread_time() - worked < 0.97 * passed
+        self.was_disturbed = _seconds_waited() - waited > 0.03 * passed
         return passed / calls
 
     def calls_lasting(self, seconds: float) -> int:
@@ -32,3 +36,23 @@ class Stopwatch:
             if needed > seconds / 8:
                 return max(1, round(calls * seconds / needed))
             calls *= 4
+
+
+def _seconds_waited() -> float:
+    """How long this process's threads have waited for a core so far, as Linux counts it; 0 elsewhere."""
+    total = 0
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            total += int(file.read_text().split()[1])
+        except (OSError, ValueError):  # a thread that has just ended
+            continue
+    return total / 1e9
+
+
+def settle() -> None:
+    """Wait until no thread of this process runs: a pool may spin for some milliseconds after its work."""
+    for _ in range(200):
+        used = time.process_time()
+        time.sleep(0.002)
+        if time.process_time() - used < 0.0004:
+            return

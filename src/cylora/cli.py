@@ -1,4 +1,4 @@
-"""The `cylora` command: `cylora train` trains adapters, `cylora info` describes this installation.
+"""The `cylora` command: `cylora train` trains adapters, `cylora bench` measures, `cylora info` describes.
 
 Exit codes: 0 all is well; 1 the run failed (the task's own code raised, or a file could not be written); 2 an input is
 wrong; 130 stopped by Ctrl-C, with what was learned saved; 141 nobody reads the output any more. Every failure is one
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cylora import __version__
+from cylora._cli_bench import bench
 from cylora._cli_info import system_facts
 from cylora._cli_train import train
 from cylora.config import NONFINITE_POLICIES, SCHEDULES, STATE_DTYPES, WEIGHT_DECAY_MODES
@@ -81,6 +82,13 @@ def _converter(field: Field) -> Callable[[str], Any]:
     return convert
 
 
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
+
+
 def _default_text(field: Field) -> str:
     """Say the default, and where the digits task has its own, that one too."""
     own = DigitsTask.training_defaults
@@ -128,6 +136,16 @@ def _parser() -> argparse.ArgumentParser:
             option["type"] = _converter(field)
             option["metavar"] = {int: "N", float: "X", str: "NAME", tuple: "NAMES"}[field.kind]
         groups[field.table].add_argument(f"--{field.name.replace('_', '-')}", **option)
+    measure = commands.add_parser(
+        "bench",
+        help="measure a step on this machine against the same work in NumPy",
+        description="Measure a step on this machine against the same work in NumPy, on one thread, in turns. "
+        "Takes less than a minute. Each result is checked against float64 (exit code 1: one is wrong).",
+        allow_abbrev=False,
+    )
+    measure.add_argument("--threads", metavar="N", type=_integer, help="cylora's (default: CYLORA_NUM_THREADS, or 1)")
+    measure.add_argument("--json", metavar="FILE", type=Path, help="write every figure")
+    measure.add_argument("--quick", action="store_true", help="small sizes and short turns only, for a first look")
     commands.add_parser("info", help="describe this installation", description="Describe this installation.")
     return parser
 
@@ -183,6 +201,8 @@ def _run(argv: Sequence[str] | None) -> int:
         raise InputError(f"unrecognized arguments: {' '.join(unknown)} ({shown} shows what there is)")
     if arguments.command == "info":
         return _info()
+    if arguments.command == "bench":
+        return bench(arguments.json, arguments.threads, quick=arguments.quick)
     return train(_options(arguments), arguments.config, arguments.output, quiet=arguments.quiet)
 
 
