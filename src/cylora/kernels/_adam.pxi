@@ -66,13 +66,11 @@ cdef inline void advance_moments(
     as long: m is dropped while its product with 1 - beta1 is normal, far below what eps (1e-30 at least) lets a parameter
     feel; v once m is gone, below 2^-112, which a later step feels only if its gradient and eps are below some 1e-16.
     """
-    cdef float bound = 9.2233720368547758e18  # 2^63: callers see to it that g * clip keeps it; a huge weight may not
     cdef float gi = g * k.clip_scale, mi, vi
     cdef uint32_t keep
     if l2:
         gi = gi + k.decay * p
-        gi = bound if gi > bound else gi
-        gi = -bound if gi < -bound else gi
+        gi = bounded(gi)
     mi = m[0] + k.one_minus_beta1 * (gi - m[0])
     vi = v[0] + k.one_minus_beta2 * (gi * gi - v[0])
     if mode != LIVE:

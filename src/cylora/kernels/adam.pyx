@@ -408,7 +408,8 @@ cdef class PreparedAdam:
 
     cdef int announce(self, object record) except -1:
         """Report a step, if it is time to."""
-        if self.report_every > 0 and (<int64_t> record[0] + 1) % self.report_every == 0:
+        # Not record[0]: for a subclass of tuple CPython goes by way of its __getitem__, an eighth of a small step.
+        if self.report_every > 0 and (<int64_t> <object> PyTuple_GET_ITEM(record, 0) + 1) % self.report_every == 0:
             self.reporting = True
             try:
                 self.report(record)
