@@ -169,7 +169,7 @@ def test_wrong_adapters_and_shapes_are_refused_like_in_step() -> None:
     trainer.accumulate(1.0, adapter, *make_pair())
     with pytest.raises(StateError, match="adapter must be the one of the first step"):
         trainer.accumulate(1.0, make_adapter(), *make_pair())
-    with pytest.raises(InputError, match=r"grad_a must be a C-contiguous, aligned float32 array of shape \(3, 6\)"):
+    with pytest.raises(InputError, match=r"grad_a must be a C-contiguous, aligned array of .* of shape \(3, 6\)"):
         trainer.accumulate(1.0, adapter, *make_pair()[::-1])
     with pytest.raises(InputError, match="grad_a must be a Gradients made for LoraAdapter"):
         trainer.accumulate(1.0, adapter, Gradients(make_set()))

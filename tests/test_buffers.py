@@ -1,7 +1,7 @@
 """Every entry point against every kind of memory: the exact result, or an error that names the argument and no write.
 
 The verdict on each combination comes from NumPy's own flags, by a rule written here anew; the result of an accepted one
-is compared with that of a plain copy.
+is compared with that of a plain float32 copy.
 """
 
 import array
@@ -11,14 +11,30 @@ import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import pytest
 from numpy.lib.stride_tricks import as_strided
-from training import D_IN, D_OUT, RANK, make_adapter, make_pair, make_trainer
+from training import D_IN, D_OUT, RANK, fingerprint, make_adapter, make_pair, make_trainer, same_bits
 
-from cylora import Adam, AdapterSet, Gradients, InputError, LoraConfig, clip_grad_norm_, grad_norm
+from cylora import (
+    Adam,
+    AdapterSet,
+    Gradients,
+    InputError,
+    LoraAdapter,
+    LoraConfig,
+    NonFiniteGradientError,
+    clip_grad_norm_,
+    grad_norm,
+)
 
-DTYPES = ("<f4", ">f4", "<f8", "<f2", "<i4", "<u4", "<c8", "?", "S4", "O", "V4", "i1,3i1")
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = (
+    "<f4", ">f4", "<f8", "<f2", ">f2", "<u2", ">u2", BFLOAT16, BFLOAT16.newbyteorder(">"), "<i2", "<i4", "<u4", "<c8",
+    "?", "S4", "O", "V4", "V2", "i1,3i1",
+)  # fmt: skip
+HALVES = (np.dtype("<f2"), np.dtype("<u2"), BFLOAT16)  # which of them a gradient may have besides float32
 LAYOUTS = ("C", "F", "every second", "backwards", "stride 0", "one column of wider rows")
 SHAPES = ("matrix", "vector", "with an axis more", "transposed", "a row short", "empty")
 
@@ -52,7 +68,9 @@ def memories(rows: int, columns: int) -> Iterator[Memory]:
                         base = whole = np.full(2 * size + 4, 0.5, object)
                     else:
                         base, whole = raw, raw[start : start + (2 * size + 4) * dtype.itemsize].view(dtype)
-                    if dtype.kind in "fiuc?":
+                    if dtype.str in ("<u2", ">u2"):  # bfloat16 numbers, bit by bit
+                        whole[...] = bfloat16_bits(np.arange(whole.size) % 7 + 1)
+                    elif dtype.kind in "fiuc?" or dtype == BFLOAT16:
                         whole[...] = (np.arange(whole.size) % 7 + 1).astype(dtype)
                     steps = np.array(np.empty(shape, dtype).strides, int)
                     if layout == "C":
@@ -83,6 +101,18 @@ def is_plain(value: np.ndarray) -> bool:
     return value.dtype == np.float32 and value.dtype.isnative and value.flags.c_contiguous and aligned
 
 
+def is_gradient(value: np.ndarray) -> bool:
+    aligned = value.size == 0 or value.ctypes.data % 2 == 0
+    return is_plain(value) or (value.dtype in HALVES and value.flags.c_contiguous and aligned)
+
+
+def bfloat16_bits(values: Any) -> np.ndarray:
+    """Return the upper halves of float32 numbers, which must be all there is to them."""
+    bits = np.asarray(values, np.float32).view(np.uint32)
+    assert not (bits & 0xFFFF).any()
+    return (bits >> 16).astype(np.uint16)
+
+
 def repeats(value: np.ndarray) -> bool:
     """Return whether two elements share a byte, by marking each byte."""
     offsets = np.zeros(value.shape, int)
@@ -93,6 +123,9 @@ def repeats(value: np.ndarray) -> bool:
 
 
 def plain(value: np.ndarray) -> np.ndarray:
+    """Return the same numbers as a plain float32 array: NumPy widens float16, ml_dtypes bfloat16."""
+    if value.dtype == np.uint16:
+        value = value.view(BFLOAT16)
     return np.array(value, np.float32, order="C")
 
 
@@ -157,7 +190,7 @@ class Entry:
 
 
 def _matrix_or_vector(rows: int, columns: int) -> Callable[[np.ndarray], bool]:
-    return lambda value: is_plain(value) and value.shape in ((rows, columns), (rows * columns,))
+    return lambda value: is_gradient(value) and value.shape in ((rows, columns), (rows * columns,))
 
 
 SIZE = RANK * (D_IN + D_OUT)
@@ -171,12 +204,12 @@ def _weight(value: np.ndarray) -> bool:
 ENTRIES: dict[str, tuple[tuple[int, int], Callable[[np.ndarray], bool]]] = {
     "step grad_a": (A, _matrix_or_vector(*A)),
     "step grad_b": (B, _matrix_or_vector(*B)),
-    "step flat": (FLAT, lambda value: is_plain(value) and value.shape == (SIZE,)),
+    "step flat": (FLAT, lambda value: is_gradient(value) and value.shape == (SIZE,)),
     "accumulate grad_a": (A, _matrix_or_vector(*A)),
     "accumulate grad_b": (B, _matrix_or_vector(*B)),
-    "Adam.step": (FLAT, lambda value: is_plain(value) and value.shape == (SIZE,)),
+    "Adam.step": (FLAT, lambda value: is_gradient(value) and value.shape == (SIZE,)),
     "Adam": (A, lambda value: is_plain(value) and value.ndim == 1 and value.flags.writeable),
-    "grad_norm": (A, is_plain),
+    "grad_norm": (A, is_gradient),
     "clip_grad_norm_": (A, lambda value: is_plain(value) and value.flags.writeable),
     "merge_into": (WEIGHT, _weight),
     "unmerge_from": (WEIGHT, _weight),
@@ -214,6 +247,7 @@ def test_every_memory_gives_the_exact_result_or_a_clear_error(name: str) -> None
 # ---------------------------------------------------------------- providers other than ndarray
 
 VALUES = np.arange(1, RANK * D_IN + 1, dtype=np.float32)
+HALF_BITS = bfloat16_bits(VALUES)
 
 
 def _mmap() -> memoryview:
@@ -222,10 +256,25 @@ def _mmap() -> memoryview:
     return memoryview(shared).cast("f")
 
 
+def _mmap_of_halves() -> memoryview:
+    shared = mmap.mmap(-1, HALF_BITS.nbytes)
+    shared[:] = HALF_BITS.tobytes()
+    return memoryview(shared).cast("H")
+
+
 def _closed_mmap() -> mmap.mmap:
     shared = mmap.mmap(-1, 4096)
     shared.close()
     return shared
+
+
+def _odd(values: np.ndarray) -> np.ndarray:
+    """Return a copy at an odd address."""
+    memory = np.zeros(values.nbytes + 65, np.uint8)
+    start = -memory.ctypes.data % 64 + 1
+    copy = memory[start : start + values.nbytes].view(values.dtype)
+    copy[...] = values
+    return copy
 
 
 def _released() -> memoryview:
@@ -275,6 +324,24 @@ PROVIDERS: dict[str, tuple[Callable[[], Any], bool, bool]] = {
     "ctypes matrix": (_ctypes_matrix, True, True),
     "subclass of ndarray": (lambda: VALUES.copy().view(Subclass), True, True),
     "pickle.PickleBuffer": (lambda: pickle.PickleBuffer(VALUES.copy()), True, True),
+    "array.array of bfloat16 bits": (lambda: array.array("H", HALF_BITS), True, False),
+    "bytearray as bfloat16 bits": (lambda: memoryview(bytearray(HALF_BITS.tobytes())).cast("H"), True, False),
+    "bytes as bfloat16 bits, a matrix": (lambda: memoryview(HALF_BITS.tobytes()).cast("H", A), True, False),
+    "mmap as bfloat16 bits": (_mmap_of_halves, True, False),
+    "ctypes vector of bfloat16 bits": (lambda: (ctypes.c_uint16 * VALUES.size)(*HALF_BITS.tolist()), True, False),
+    "memoryview of bfloat16 bits": (lambda: memoryview(HALF_BITS.copy().reshape(A)), True, False),
+    "float16 at an even address": (lambda: np.append(VALUES, 1).astype("f2")[:-1], True, False),
+    "memoryview of float16": (lambda: memoryview(VALUES.astype("f2").reshape(A)).toreadonly(), True, False),
+    "subclass of ndarray, float16": (lambda: VALUES.astype("f2").view(Subclass), True, False),
+    "subclass of ndarray, bfloat16": (lambda: VALUES.astype(BFLOAT16).view(Subclass), True, False),
+    "pickle.PickleBuffer of float16": (lambda: pickle.PickleBuffer(VALUES.astype("f2")), True, False),
+    "memoryview of float16 misaligned": (lambda: memoryview(_odd(VALUES.astype("f2"))), False, False),
+    "bfloat16 misaligned": (lambda: _odd(VALUES.astype(BFLOAT16)), False, False),
+    "every second of a memoryview of halves": (lambda: memoryview(np.repeat(HALF_BITS, 2))[::2], False, False),
+    "every second of bfloat16": (lambda: np.repeat(VALUES.astype(BFLOAT16), 2)[::2], False, False),
+    "array.array of short ints": (lambda: array.array("h", range(18)), False, False),
+    "big-endian ctypes of halves": (ctypes.c_uint16.__ctype_be__ * VALUES.size, False, False),
+    "ctypes int16": (ctypes.c_int16 * VALUES.size, False, False),
     "array.array of doubles": (lambda: array.array("d", VALUES), False, False),
     "array.array of ints": (lambda: array.array("i", range(18)), False, False),
     "bytes": (VALUES.tobytes, False, False),
@@ -338,6 +405,88 @@ def test_parameters_and_weights_must_be_arrays(provider: str) -> None:
         make_adapter().merge_into(value)
 
 
+# ---------------------------------------------------------------- halves
+
+
+def halves_of(dtype: Any, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return numbers of ``dtype`` close to ``values``, as a gradient of it, and the very same numbers as float32."""
+    if np.dtype(dtype) == np.uint16:
+        bits = values.astype(BFLOAT16).view(np.uint16)
+        return bits, (bits.astype(np.uint32) << 16).view(np.float32)
+    given = values.astype(dtype)
+    return given, given.astype(np.float32)
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "8bit"])
+@pytest.mark.parametrize("dtype_a", [np.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("dtype_b", [np.float32, *HALVES], ids=str)
+def test_any_mix_of_types_gives_the_bits_of_the_same_numbers_in_float32(
+    state_dtype: str, dtype_a: Any, dtype_b: Any
+) -> None:
+    """A and B meet inside a chunk and a block; a chunk of zeros lies in each, one with negative zeros."""
+    rng = np.random.default_rng(3)
+    sides = []
+    for _ in range(2):
+        adapter = LoraAdapter(1999, 611, LoraConfig(rank=5), seed=1)
+        sides.append((adapter, make_trainer(state_dtype=state_dtype, max_grad_norm=1.0, weight_decay=0.1)))
+    for step in range(4):
+        a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((5, 1999), (611, 5)))
+        a.ravel()[256:1024] = 0.0
+        a.ravel()[-900:] = -0.0
+        b.ravel()[:-700] *= step % 2
+        (given_a, wide_a), (given_b, wide_b) = halves_of(dtype_a, a), halves_of(dtype_b, b)
+        records = []
+        for (adapter, trainer), pair in zip(sides, ((given_a, given_b), (wide_a, wide_b)), strict=True):
+            records.append(trainer.step(1.0, adapter, *pair))
+            trainer.accumulate(1.0, adapter, *pair, weight=0.3)
+            trainer.accumulate(2.0, adapter, pair[0].ravel(), pair[1], weight=2.0)
+            records.append(trainer.step_accumulated())
+        assert records[:2] == records[2:]
+        assert grad_norm([given_a, given_b]) == grad_norm([wide_a, wide_b])
+        assert fingerprint(*sides[0]) == fingerprint(*sides[1])
+    assert same_bits(given_b, halves_of(dtype_b, b)[0]), "gradients are only read"
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_finite_half_is_read_exactly(dtype: Any) -> None:
+    """All of them, subnormal ones too: alone, so that none hides behind a larger one, and together."""
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    exponent = 0x7C00 if dtype == np.float16 else 0x7F80
+    bits = bits[bits & exponent != exponent]
+    given = bits.view(dtype)
+    wide = (bits.view(BFLOAT16) if dtype == np.uint16 else given).astype(np.float32)
+    for each, same in zip(given.reshape(-1, 64), wide.reshape(-1, 64), strict=True):
+        assert grad_norm([each]) == grad_norm([same])
+    parameters = [np.zeros(bits.size, np.float32) for _ in range(2)]
+    adams = [Adam(p, learning_rate=1.0, eps=1e-30, max_grad_norm=1e9) for p in parameters]
+    norms = [adam.step(gradient) for adam, gradient in zip(adams, (given, wide), strict=True)]
+    assert norms[0] == norms[1] == pytest.approx(float(np.linalg.norm(wide.astype(np.float64))), rel=1e-12)
+    assert same_bits(parameters[0], parameters[1])
+    assert same_bits(adams[0].m, adams[1].m)
+    total = [np.zeros(bits.size, np.float32) for _ in range(2)]
+    for sum_of, gradient in zip(total, (given, wide), strict=True):
+        adam = Adam(np.zeros(bits.size, np.float32))
+        adam.attach_pending(np.zeros(2), np.zeros(1, np.int64))
+        for part in (slice(0, bits.size // 2), slice(bits.size // 2, None)):  # the half with, and that without, a sign
+            small = np.zeros_like(gradient)
+            small[part] = gradient[part]
+            small[np.abs(wide) > 2.0**50] = 0
+            adam.accumulate(sum_of, 0.0, small, None, 0.7)
+    assert same_bits(total[0], total[1])
+    assert total[0].any()
+
+
+def test_gradients_in_halves_that_are_not_finite_name_the_element() -> None:
+    for dtype in HALVES:
+        for value in (np.nan, np.inf, -np.inf):
+            a, b = make_pair()
+            given = b.astype(BFLOAT16 if dtype == np.uint16 else dtype)
+            given[4, 1] = value
+            with pytest.raises(NonFiniteGradientError, match=rf"gradient of B must be finite, got {value} at \[4, 1\]"):
+                make_trainer().step(1.0, make_adapter(), a, given.view(dtype))
+            assert not np.isfinite(grad_norm([a, given]))
+
+
 # ---------------------------------------------------------------- overlap
 
 
@@ -364,6 +513,24 @@ def test_gradients_may_touch_the_parameters_but_not_overlap_them() -> None:
                 np.delete(around, range(100, 100 + SIZE)).tobytes()
                 == np.delete(memory, range(100, 100 + SIZE)).tobytes()
             )
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "8bit"])
+def test_gradients_may_not_overlap_compact_moments_or_their_exponents(state_dtype: str) -> None:
+    """Not even a part of the bytes of one of them, whatever the type of the gradient."""
+    size = 1024
+    parameters = np.ones(size, np.float32)
+    adam = Adam(parameters, state_dtype=state_dtype)
+    moments = adam._moments
+    kept = [moments.stored_m, moments.stored_v] + ([moments.m_exponents, moments.v_exponents] * (state_dtype == "8bit"))
+    for stored in kept:
+        # A view of the memory around it, wide enough for a gradient: only its address counts, it is never read.
+        room = as_strided(stored.view(np.uint8), (2 * size,), writeable=False)
+        before = fingerprint(parameters, moments.to_dict())
+        with pytest.raises(InputError, match="gradient must not overlap the parameters or the optimizer's state"):
+            adam.step(room.view(np.uint16))
+        assert fingerprint(parameters, moments.to_dict()) == before
+        assert adam.t == 0
 
 
 @pytest.mark.parametrize("which", ["grad_a", "grad_b"])

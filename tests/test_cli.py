@@ -160,6 +160,8 @@ OPTIONS = {
     "decay_steps": ("1", 1),
     "nonfinite": ("skip", "skip"),
     "history_limit": ("5", 5),
+    "state_dtype": ("8bit", "8bit"),
+    "threads": ("2", 2),
     "rank": ("2", 2),
     "alpha": ("3", 3.0),
     "dropout": ("0.125", 0.125),
@@ -277,6 +279,10 @@ WRONG = [
     (["train", "--weight-decay-mode", "foo"], "weight_decay_mode must be one of 'decoupled', 'l2', got 'foo'"),
     (["train", "--nonfinite", "foo"], "nonfinite must be one of 'raise', 'skip', got 'foo'"),
     (["train", "--history-limit", "0"], "history_limit must be an integer >= 1, got 0"),
+    (["train", "--state-dtype", "float16"], "state_dtype must be one of 'float32', 'bfloat16', '8bit', got 'float16'"),
+    (["train", "--threads", "0"], "threads (if not None) must be an integer in [1, 64], got 0"),
+    (["train", "--threads", "65"], "threads (if not None) must be an integer in [1, 64], got 65"),
+    (["train", "--threads", "all"], "--threads must be an integer or none, got 'all'"),
     (["train", "--seed", "-1"], "seed must be an integer in [0, 4294967295], got -1"),
     (["train", "--eval-every", "-1"], "eval_every must be an integer >= 0, got -1"),
     (["train", "--task", "nope"], "task must be 'digits' or 'module:factory', got 'nope'"),
@@ -717,17 +723,54 @@ def test_version(run: Callable[..., SimpleNamespace]) -> None:
     assert run("--version").out == f"cylora {cylora.__version__}\n"
 
 
-def test_info_says_what_a_bug_report_needs(run: Callable[..., SimpleNamespace]) -> None:
+def test_info_says_what_a_bug_report_needs(
+    run: Callable[..., SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CYLORA_NUM_THREADS", raising=False)
     done = run("info")
     facts = dict(re.split(r"  +", line, maxsplit=1) for line in done.out.splitlines())
     assert facts["cylora"] == cylora.__version__
     assert facts["instruction set"] == f"{optimizer.isa} (built: {', '.join(optimizer.variants)})"
-    assert re.fullmatch(r"1, the caller's \(\d+ CPUs usable\)", facts["threads"])
+    assert re.fullmatch(r"1 unless a config says otherwise \(\d+ CPUs usable\)", facts["threads"])
     assert facts["Python"].startswith(".".join(map(str, sys.version_info[:3])))
     assert facts["NumPy"].startswith(np.__version__)
     assert facts["extra 'train'"].startswith("tqdm ")
     assert facts["CPU"]
     assert facts["platform"]
+
+
+def test_info_and_runs_go_by_the_environments_threads(
+    run: Callable[..., SimpleNamespace], monkeypatch: pytest.MonkeyPatch, folder: Path, task: Callable[[str], None]
+) -> None:
+    train = ("train", "--task", "mine:Task", "--max-steps", 2)
+    monkeypatch.setenv("CYLORA_NUM_THREADS", "3")
+    assert re.search(r"^threads +3 unless a config says otherwise \(", run("info").out, re.MULTILINE)
+    assert run(*train, "--output", "three").code == 0
+    monkeypatch.setenv("CYLORA_NUM_THREADS", "many")
+    for arguments in (("info",), (*train, "--output", "many")):
+        done = run(*arguments)
+        assert (done.code, done.out) == (2, "")
+        assert done.err == "cylora: error: CYLORA_NUM_THREADS must be an integer in 1..64, got 'many'\n"
+    assert run(*train, "--output", "one", "--threads", 1).code == 0
+    assert tomllib.loads((folder / "three" / "config.toml").read_text())["training"]["threads"] == "none"
+    assert tomllib.loads((folder / "one" / "config.toml").read_text())["training"]["threads"] == 1
+    for name in ("adapter.safetensors", "history.jsonl"):
+        assert (folder / "one" / name).read_bytes() == (folder / "three" / name).read_bytes()
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "8bit"])
+def test_digits_are_learned_with_compact_state_too(
+    run: Callable[..., SimpleNamespace], folder: Path, state_dtype: str
+) -> None:
+    """And its bits do not depend on the threads, nor on who wrote the option down: the command line or a file."""
+    assert run("train", "--state-dtype", state_dtype, "--threads", 1, "--output", "one").code == 0
+    assert run("train", "--config", "one/config.toml", "--threads", 2, "--output", "two").code == 0
+    for name in ("adapter.safetensors", "history.jsonl", "measures.jsonl"):
+        assert (folder / "one" / name).read_bytes() == (folder / "two" / name).read_bytes()
+    assert tomllib.loads((folder / "two" / "config.toml").read_text())["training"]["state_dtype"] == state_dtype
+    measures = [json.loads(line) for line in (folder / "one" / "measures.jsonl").read_text().splitlines()]
+    assert measures[0]["turned accuracy"] < 0.5
+    assert measures[-1]["turned accuracy"] > 0.9
 
 
 def test_info_where_the_system_says_little(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -3,13 +3,20 @@
 import copy
 import dataclasses
 import math
+import os
 import pickle
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
+from training import fingerprint, make_adapter, make_pair
 
-from cylora import ConfigError, CyloraError, LoraConfig, LoraTrainingConfig
+import cylora
+from cylora import Adam, ConfigError, CyloraError, LoraConfig, LoraTrainer, LoraTrainingConfig, step_many
+from cylora.config import thread_count
 
 NAN, INF = math.nan, math.inf
 
@@ -44,6 +51,12 @@ BAD_TRAINING = [
     *[(name, True, f"{name} must be an integer, got") for name in ("decay_steps", "history_limit")],
     *[("schedule", x, "schedule must be one of 'constant', 'linear', 'cosine', 'warm") for x in ("cos", 3, None, [])],
     *[("weight_decay_mode", x, "weight_decay_mode must be one of 'decoupled', 'l2', got") for x in ("L2", None, 0)],
+    *[
+        ("state_dtype", x, "state_dtype must be one of 'float32', 'bfloat16', '8bit', got")
+        for x in ("float16", "FLOAT32", "8-bit", None, 8, np.float32, ["8bit"])
+    ],
+    *[("threads", x, r"threads \(if not None\) must be an integer in \[1, 64\], got") for x in (0, -1, 65, 2**70)],
+    *[("threads", x, r"threads \(if not None\) must be an integer, got") for x in (1.0, "2", True, NAN, [1])],
     *[("nonfinite", x, "nonfinite must be one of 'raise', 'skip', got") for x in ("ignore", None, True)],
 ]
 
@@ -58,7 +71,7 @@ def test_defaults_are_those_of_the_field() -> None:
         "lora_config": lora.to_dict(), "learning_rate": 3e-4, "weight_decay": 0.01, "max_grad_norm": 1.0,
         "warmup_steps": 100, "max_steps": 1000, "log_every": 10, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8,
         "weight_decay_mode": "decoupled", "schedule": "constant", "min_learning_rate": 0.0, "decay_steps": None,
-        "nonfinite": "raise", "history_limit": None,
+        "nonfinite": "raise", "history_limit": None, "state_dtype": "float32", "threads": None,
     }  # fmt: skip
 
 
@@ -88,6 +101,21 @@ def test_numbers_of_any_kind_become_plain_ones() -> None:
     assert [type(x) for x in (training.learning_rate, training.max_steps, training.eps)] == [float, int, float]
     assert (lora.rank, lora.alpha, lora.dropout, lora.target_modules) == (4, 0.5, 0.25, ("q", "k"))
     assert training.decay_steps == 3
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "8bit"])
+def test_state_dtypes_are_three(state_dtype: str) -> None:
+    config = LoraTrainingConfig(state_dtype=state_dtype)
+    assert config.state_dtype == config.to_dict()["state_dtype"] == state_dtype
+    assert LoraTrainingConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("threads", [None, 1, 64, np.int8(3)])
+def test_threads_are_one_to_64_or_left_open(threads: object) -> None:
+    config = LoraTrainingConfig(threads=threads)
+    assert config.threads == threads
+    assert type(config.threads) is (type(None) if threads is None else int)
+    assert LoraTrainingConfig.from_dict(config.to_dict()) == config
 
 
 def test_extreme_values_within_the_rules_are_accepted() -> None:
@@ -174,3 +202,77 @@ def test_a_callable_schedule_is_kept_as_it_is() -> None:
     config = LoraTrainingConfig(schedule=flat)
     assert config.schedule is flat
     assert config.to_dict()["schedule"] is flat
+
+
+# ---------------------------------------------------------------- CYLORA_NUM_THREADS
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [(None, 1), ("", 1), ("  ", 1), ("1", 1), ("64", 64), (" 3\n", 3), ("007", 7), ("0" * 5000 + "12", 12)],
+)
+def test_environment_decides_threads_that_no_one_gave(
+    monkeypatch: pytest.MonkeyPatch, text: str | None, count: int
+) -> None:
+    monkeypatch.delenv("CYLORA_NUM_THREADS", raising=False)
+    if text is not None:
+        monkeypatch.setenv("CYLORA_NUM_THREADS", text)
+    assert thread_count(None) == count
+    assert type(thread_count(None)) is int
+    assert thread_count(5) == 5
+
+
+BAD_COUNTS = (
+    "0", "000", "65", "-1", "+4", "1.5", "1e1", "four", "2 2", "0x2", "1_0", "\u0664", "\u00b2", "0000000640",
+    "9" * 5000,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BAD_COUNTS, ids=lambda text: ascii(text[:12]))
+def test_environment_that_is_no_number_of_threads_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("CYLORA_NUM_THREADS", text)
+    with pytest.raises(ConfigError) as caught:
+        thread_count(None)
+    assert str(caught.value) == f"CYLORA_NUM_THREADS must be an integer in 1..64, got {text!r}"
+    assert thread_count(64) == 64, "a number that was given comes first"
+
+
+def test_environment_is_read_where_an_optimizer_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by a config, which must mean the same everywhere, nor by a trainer without an adapter, nor by later steps."""
+    monkeypatch.setenv("CYLORA_NUM_THREADS", "many")
+    message = "CYLORA_NUM_THREADS must be an integer in 1..64, got 'many'"
+    config = LoraTrainingConfig(warmup_steps=0)
+    assert config.threads is None
+    assert config.to_dict()["threads"] is None
+    trainer, adapter = LoraTrainer(config), make_adapter()
+    before = fingerprint(trainer, adapter)
+    for call in (
+        lambda: trainer.step(1.0, adapter, *make_pair()),
+        lambda: trainer.accumulate(1.0, adapter, *make_pair()),
+        lambda: Adam(np.ones(3, np.float32)),
+        lambda: step_many([]),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call()
+    assert fingerprint(trainer, adapter) == before
+    Adam(np.ones(3, np.float32), threads=2).step(np.ones(3, np.float32))
+    LoraTrainer(LoraTrainingConfig(threads=1)).step(1.0, make_adapter(), *make_pair())
+    assert step_many([], threads=1) == []
+
+    monkeypatch.setenv("CYLORA_NUM_THREADS", "2")
+    trainer.step(1.0, adapter, *make_pair())
+    monkeypatch.setenv("CYLORA_NUM_THREADS", "many")
+    trainer.step(1.0, adapter, *make_pair())
+    before = fingerprint(trainer, adapter)
+    with pytest.raises(ConfigError, match=message):
+        trainer.load_state_dict(trainer.state_dict())  # it makes a new optimizer
+    assert fingerprint(trainer, adapter) == before
+    trainer.step(1.0, adapter, *make_pair())
+    assert trainer.total_steps() == 3
+
+
+def test_environment_does_not_stop_the_import() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(cylora.__file__).parent.parent), "CYLORA_NUM_THREADS": "many"}
+    command = [sys.executable, "-c", "import cylora, numpy; print(cylora.grad_norm([numpy.ones(4, 'f4')]))"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("2.0\n", "", 0)

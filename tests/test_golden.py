@@ -20,6 +20,7 @@ from cylora.config import LoraConfig, LoraTrainingConfig
 from cylora.errors import ConfigError, InputError, NonFiniteGradientError, StateError
 from cylora.flat import FlatBuffer
 from cylora.history import TrainingHistory
+from cylora.moments import Moments
 from cylora.optimizer import Adam, AdamState, clip_grad_norm_, grad_norm
 from cylora.trainer import LoraTrainer
 
@@ -465,7 +466,9 @@ def one_step(beta1: float, beta2: float, eps: float, moment: float, second: floa
     config = LoraTrainingConfig(
         learning_rate=1.0, beta1=beta1, beta2=beta2, eps=eps, weight_decay=0.0, max_grad_norm=math.inf
     )
-    state = AdamState(flat.layout, np.full(1, moment, np.float32), np.full(1, second, np.float32), t - 1)
+    moments = Moments(1)
+    moments.stored_m[0], moments.stored_v[0] = moment, second
+    state = AdamState(flat.layout, moments, t - 1)
     adam = Adam.for_training(flat, config, state)
     adam.step(np.full(1, moment, np.float32), 1.0)
     assert (adam.m[0], adam.v[0], adam.t) == (np.float32(moment), np.float32(second), t)

@@ -5,15 +5,18 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import ml_dtypes
 import numpy as np
 import pytest
 from training import make_trainer
 
-from cylora import AdapterSet, Gradients, LoraAdapter, LoraConfig, TrainingHistory
+from cylora import AdapterSet, Gradients, LoraAdapter, LoraConfig, TrainingHistory, grad_norm
 
 KIB = 1024
 # Objects of fixed size around the vectors: names, views, dicts, the history's first rows.
 FIXED = 96 * KIB
+# Of state for each parameter.
+BYTES = {"float32": 8, "bfloat16": 4, "8bit": 2 + 2 / 256}
 
 
 class Traced:
@@ -50,16 +53,51 @@ def test_an_adapter_costs_its_parameters(width: int) -> None:
     assert adapter.memory_bytes() <= cost.held <= adapter.memory_bytes() + 16 * KIB
 
 
+@pytest.mark.parametrize("state_dtype", BYTES)
 @pytest.mark.parametrize("width", [64, 4096, 65536])
-def test_training_adds_two_moments(width: int) -> None:
+def test_training_adds_two_moments_of_the_promised_size(width: int, state_dtype: str) -> None:
     adapters = model(width)
     gradients = Gradients(adapters)
     with traced() as cost:
-        trainer = make_trainer()
+        trainer = make_trainer(state_dtype=state_dtype)
         trainer.step(1.0, adapters, gradients)
-    size = adapters.memory_bytes()
-    assert 2 * size <= cost.held <= 2 * size + FIXED
-    assert cost.peak <= 2 * size + FIXED
+    size = BYTES[state_dtype] * adapters.param_count()
+    assert trainer._adam._moments.nbytes == size
+    assert size <= cost.held <= size + FIXED
+    assert cost.peak <= size + FIXED
+
+
+@pytest.mark.parametrize("state_dtype", BYTES)
+def test_saving_and_loading_copy_the_state_as_it_is_stored(state_dtype: str) -> None:
+    """What is compact stays compact on its way; only the checks of a loaded one decode it, and keep nothing."""
+    adapters = model(65536)
+    trainer = make_trainer(state_dtype=state_dtype)
+    trainer.step(1.0, adapters, Gradients(adapters))
+    size = trainer._adam._moments.nbytes
+    with traced() as saving:
+        state = trainer.state_dict()
+    assert size <= saving.held <= size + FIXED
+    assert saving.peak <= size + FIXED
+    resumed = make_trainer(state_dtype=state_dtype)
+    with traced() as loading:
+        resumed.load_state_dict(state)
+    assert size <= loading.held <= size + FIXED
+
+
+@pytest.mark.parametrize("state_dtype", BYTES)
+def test_many_small_trainers_stay_small(state_dtype: str) -> None:
+    """A server holds thousands: 128 parameters each, and objects of some 13 KiB around them."""
+    gradient = np.ones(128, np.float16)
+    pairs = []
+    with traced() as cost:
+        for seed in range(300):
+            adapter = LoraAdapter(16, 16, LoraConfig(rank=4), seed=seed)
+            trainer = make_trainer(state_dtype=state_dtype, history_limit=8)
+            for _ in range(3):
+                trainer.step(1.0, adapter, gradient)
+            pairs.append((adapter, trainer))
+    assert cost.held <= 300 * 16 * KIB
+    assert cost.peak <= 300 * 16 * KIB + FIXED
 
 
 @pytest.mark.parametrize("width", [64, 4096, 65536])
@@ -91,6 +129,34 @@ def _refused(trainer, adapters, gradients) -> None:
 def _accumulated(trainer, adapters, gradients) -> None:
     trainer.accumulate(1.0, adapters, gradients)
     trainer.step_accumulated()
+
+
+@pytest.mark.parametrize("state_dtype", BYTES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.uint16])
+@pytest.mark.parametrize("width", [64, 65536])
+def test_a_step_of_any_types_allocates_nothing_that_grows(width: int, dtype: type, state_dtype: str) -> None:
+    """Halves are widened a chunk at a time, compact moments decoded so: never a whole vector."""
+    adapter, trainer = LoraAdapter(width, width, LoraConfig(rank=8), seed=0), make_trainer(state_dtype=state_dtype)
+    pair = [np.ones(shape, np.float32).astype(dtype) for shape in ((8, width), (width, 8))]
+    if dtype is np.uint16:
+        pair = [np.full(grad.shape, 0x3F80, np.uint16) for grad in pair]
+    bad = np.full((8, width), 0x7FC0, np.uint16)
+
+    def steps() -> None:
+        trainer.step(1.0, adapter, *pair)
+        trainer.accumulate(1.0, adapter, *pair)
+        trainer.step_accumulated()
+        assert grad_norm(pair) == pytest.approx(4 * np.sqrt(width))
+        with pytest.raises(ValueError, match="must be finite"):
+            trainer.step(1.0, adapter, bad, pair[1])
+
+    for _ in range(3):
+        steps()
+    with traced() as cost:
+        for _ in range(10):
+            steps()
+    assert cost.peak <= 16 * KIB
+    assert cost.held <= 8 * KIB
 
 
 @pytest.mark.parametrize("call", [_step, _refused, _accumulated])

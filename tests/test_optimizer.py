@@ -4,10 +4,11 @@ import copy
 import math
 import pickle
 
+import ml_dtypes
 import numpy as np
 import pytest
 import reference
-from training import fill, make_adapter, make_set, same_bits
+from training import fill, fingerprint, make_adapter, make_set, same_bits
 
 from cylora import (
     Adam,
@@ -16,6 +17,7 @@ from cylora import (
     FlatBuffer,
     Gradients,
     InputError,
+    LoraTrainingConfig,
     NonFiniteGradientError,
     StateError,
     clip_grad_norm_,
@@ -120,9 +122,10 @@ def test_adam_refuses_parameters(parameters: object, message: str) -> None:
 
 def test_adam_refuses_settings_like_the_config() -> None:
     for name, bad in [("learning_rate", -1), ("beta1", 1), ("beta2", NAN), ("eps", 0), ("weight_decay", -1),
-                      ("weight_decay_mode", "none"), ("max_grad_norm", 0)]:  # fmt: skip
+                      ("weight_decay_mode", "none"), ("max_grad_norm", 0), ("state_dtype", "float16"),
+                      (r"threads \(if not None\)", 65)]:  # fmt: skip
         with pytest.raises(ConfigError, match=f"{name} must be"):
-            Adam(normal(3), **{name: bad})
+            Adam(normal(3), **{name.split()[0]: bad})
 
 
 @pytest.mark.parametrize("rate", [-1e-9, 1.1e6, NAN, INF, "1", True, [1], 1j])
@@ -146,7 +149,8 @@ def test_adam_refuses_gradients_and_stays_as_it_was() -> None:
         (
             normal(5),
             InputError,
-            r"gradient must be a C-contiguous, aligned float32 array of shape \(4,\), got numpy.ndarray",
+            r"gradient must be a C-contiguous, aligned array of float32, float16, bfloat16 or \(bfloat16's bits\) "
+            r"uint16 of shape \(4,\), got numpy.ndarray with format 'f', shape \(5,\)",
         ),
         (None, InputError, "got NoneType, which offers no buffer"),
         (p, InputError, "gradient must not overlap the parameters or the optimizer's state in memory"),
@@ -257,14 +261,25 @@ def test_clipping_a_norm_that_is_not_finite_writes_nothing(value: float, max_nor
         (iter([normal(3)]), "grads must be a sequence of arrays or a Gradients, got list_iterator"),
         ({"a": normal(3)}, "grads must be a sequence of arrays or a Gradients, got dict"),
         (AdapterSet({"a": (2, 2)}, seed=0), "grads must be a sequence of arrays or a Gradients, got AdapterSet"),
-        ([normal(3), [1.0]], r"grads\[1\] must be a .*aligned float32 array, got list, which offers no buffer"),
-        ([normal(3).astype("f8")], r"grads\[0\] must be a .*float32 array, got numpy.ndarray with format 'd'"),
+        ([normal(3), [1.0]], r"grads\[1\] must be a .*aligned .*float32.*, got list, which offers no buffer"),
+        ([normal(3).astype("f8")], r"grads\[0\] must be a .*float32.*, got numpy.ndarray with format 'd'"),
         (b"abc", r"grads\[0\] must be .*, got int, which offers no buffer"),
     ],
 )
 def test_norm_and_clip_refuse_by_name(call, grads: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         call(grads)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.uint16, ml_dtypes.bfloat16])
+def test_clipping_is_for_float32_alone(dtype: type) -> None:
+    """It writes: a half would lose what the scale adds. The norm it takes."""
+    halves = np.ones(4, np.float32).astype(ml_dtypes.bfloat16 if dtype is np.uint16 else dtype).view(dtype)
+    grads = [normal(3), halves]
+    with pytest.raises(InputError, match=r"grads\[1\] must be a writable, C-contiguous, aligned float32 array, got"):
+        clip_grad_norm_(grads, 1e-3)
+    assert same_bits(grads[0], normal(3))
+    assert grad_norm([halves]) == 2.0
 
 
 def test_clipping_refuses_arrays_that_share_elements() -> None:
@@ -280,19 +295,86 @@ def test_clipping_refuses_arrays_that_share_elements() -> None:
 # ---------------------------------------------------------------- state
 
 
+STATE_DTYPES = ("float32", "bfloat16", "8bit")
+
+
 def adam_state(**changes: object) -> dict:
     adam = Adam(make_adapter().flat)
     adam.step(normal(33))
     return adam.state().to_dict() | changes
 
 
-def test_state_round_trip_is_plain_and_a_copy() -> None:
-    state = adam_state()
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES)
+def test_state_round_trip_is_plain_and_a_copy(state_dtype: str) -> None:
+    adam = Adam(make_adapter().flat, state_dtype=state_dtype)
+    adam.step(normal(33))
+    state = adam.state().to_dict()
+    exponents = ["m_exponents", "v_exponents"] if state_dtype == "8bit" else []
+    assert list(state) == ["layout", "t", "dtype", "m", "v", *exponents]
     assert state["layout"] == [["A", [3, 6]], ["B", [5, 3]]]
-    assert state["t"] == 1
+    assert (state["t"], state["dtype"]) == (1, state_dtype)
     restored = optimizer.AdamState.from_dict(state)
-    state["m"][...] = NAN
-    assert np.isfinite(restored.m).all()
+    assert fingerprint(restored.to_dict()) == fingerprint(state)
+    for name in ("m", "v"):
+        state[name][...] = 77
+    assert same_bits(restored.moments.m, adam.m)
+    assert same_bits(restored.moments.v, adam.v)
+    assert adam.m.any()
+
+
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES)
+def test_adam_goes_on_from_a_state_to_the_same_bits(state_dtype: str) -> None:
+    """From every cut, at sizes with a short last chunk; the rounding noise depends on the step alone."""
+    config = LoraTrainingConfig(state_dtype=state_dtype, weight_decay=0.1, max_grad_norm=INF)
+    flat = FlatBuffer([("p", (700,))])
+    adam = Adam.for_training(flat, config)
+    cuts = []
+    for t in range(6):
+        cuts.append((flat.vector.copy(), adam.state().to_dict()))
+        adam.step(normal(700, t), 0.01)
+    for t, (parameters, state) in enumerate(cuts[1:], 1):
+        again = FlatBuffer([("p", (700,))])
+        again.vector[...] = parameters
+        resumed = Adam.for_training(again, config, optimizer.AdamState.from_dict(state))
+        for later in range(t, 6):
+            resumed.step(normal(700, later), 0.01)
+        assert same_bits(again.vector, flat.vector)
+        assert fingerprint(resumed.state().to_dict()) == fingerprint(adam.state().to_dict())
+
+
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES)
+@pytest.mark.parametrize("other", STATE_DTYPES)
+def test_state_of_another_dtype_than_configured_is_refused(state_dtype: str, other: str) -> None:
+    adam = Adam(FlatBuffer([("p", (9,))]), state_dtype=state_dtype)
+    adam.step(normal(9))
+    config, flat = LoraTrainingConfig(state_dtype=other), FlatBuffer([("p", (9,))])
+    if other == state_dtype:
+        resumed, before = Adam.for_training(flat, config, adam.state()), fingerprint(adam.state().to_dict())
+        resumed.step(normal(9, 1))
+        assert (resumed.t, adam.t) == (2, 1)
+        assert fingerprint(adam.state().to_dict()) == before, "it has moments of its own"
+        return
+    with pytest.raises(StateError, match=f"adam dtype must be '{other}', as configured, got '{state_dtype}'"):
+        Adam.for_training(flat, config, adam.state())
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "8bit"])
+def test_compact_moments_are_decoded_copies_near_those_of_float32(state_dtype: str) -> None:
+    """One step from zero: a number is one of the two stored ones around it, at most an eighth of it or of c away."""
+    adam, twin = (Adam(normal(600), state_dtype=form) for form in (state_dtype, "float32"))
+    gradient = normal(600, 1)
+    adam.step(gradient)
+    twin.step(gradient)
+    for mine, theirs in ((adam.m, twin.m), (adam.v, twin.v)):
+        assert mine.dtype == np.float32
+        assert not mine.flags.writeable
+        spacing = 2.0**-7 if state_dtype == "bfloat16" else 2.0**-3
+        floor = 0.0 if state_dtype == "bfloat16" else abs(theirs).max() * 2.0**-15
+        assert (abs(mine - theirs) <= spacing * (abs(theirs) + floor)).all()
+        assert not same_bits(mine, theirs)
+    kept = adam.m
+    adam.step(gradient)
+    assert not same_bits(kept, adam.m)
 
 
 @pytest.mark.parametrize(
@@ -310,12 +392,33 @@ def test_state_round_trip_is_plain_and_a_copy() -> None:
         ({"layout": [["A"]]}, r"adam layout must be a list of \[name, shape\], got"),
         ({"layout": [["A", [2, 2]]]}, r"adam m must be float32 of shape \(4,\)"),
         ({"layout": [["A", [-3, 11]]]}, r"adam m must be float32 of shape \(-33,\)"),
-        ({"steps": 1}, "adam must be a mapping with the keys layout, m, v, t"),
+        ({"layout": [["A", [2**40, 2**40]]]}, r"adam m must be float32 of shape \(1208925819614629174706176,\)"),
+        ({"steps": 1}, "adam moments must be a mapping with the keys dtype, m, v, got the keys dtype, m, v, steps"),
+        ({"m_exponents": np.zeros(1, np.uint8)}, "adam moments must be a mapping with the keys dtype, m, v, got"),
+        ({"dtype": "8bit"}, "adam moments must be a mapping with the keys dtype, m, v, m_exponents, v_exponents, got"),
+        ({"dtype": "bfloat16"}, r"adam m must be uint16 of shape \(33,\), got float32"),
+        ({"dtype": "float64"}, "adam dtype must be one of 'float32', 'bfloat16', '8bit', got 'float64'"),
+        ({"dtype": None}, "adam dtype must be one of 'float32', 'bfloat16', '8bit', got None"),
     ],
 )
 def test_state_is_checked(change: dict, message: str) -> None:
     with pytest.raises(StateError, match=message):
         optimizer.AdamState.from_dict(adam_state(**change))
+
+
+@pytest.mark.parametrize("key", ["layout", "t", "dtype", "m", "v"])
+def test_state_lacks_nothing(key: str) -> None:
+    state = adam_state()
+    del state[key]
+    with pytest.raises(StateError, match=r"adam (dtype )?(moments )?must be (a mapping with the keys|one of)"):
+        optimizer.AdamState.from_dict(state)
+
+
+def test_state_must_be_a_mapping() -> None:
+    with pytest.raises(StateError, match=r"adam must be a mapping with .* layout, t and those of the moments, got int"):
+        optimizer.AdamState.from_dict(3)
+    with pytest.raises(StateError, match=r"and those of the moments, got the keys t, m$"):
+        optimizer.AdamState.from_dict({"t": 1, "m": 2})
 
 
 def test_refusal_without_a_culprit_speaks_of_the_norm() -> None:

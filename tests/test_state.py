@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from training import fill, fingerprint, make_adapter, make_pair, make_set, make_trainer, same_bits
 
-from cylora import Gradients, LoraTrainer, LoraTrainingConfig, StateError, TrainerBusyError
+from cylora import (
+    Gradients,
+    LoraAdapter,
+    LoraConfig,
+    LoraTrainer,
+    LoraTrainingConfig,
+    StateError,
+    TrainerBusyError,
+)
 
 VARIETIES = {
     "plain": {},
@@ -17,6 +25,8 @@ VARIETIES = {
     "no clipping, no decay": {"max_grad_norm": math.inf, "weight_decay": 0.0},
     "skip": {"nonfinite": "skip"},
     "callable": {"schedule": lambda step: 1e-3 / (1 + step)},
+    "bfloat16": {"state_dtype": "bfloat16"},
+    "8 bits, l2, skip": {"state_dtype": "8bit", "weight_decay_mode": "l2", "nonfinite": "skip", "history_limit": 4},
 }
 STEPS = 20
 
@@ -74,8 +84,31 @@ def test_a_set_continues_too() -> None:
     assert fingerprint(resumed, again) == fingerprint(trainer, whole)
 
 
-def test_state_is_plain_and_survives_json_and_arrays() -> None:
-    adapter, trainer = make_adapter(), make_trainer()
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "8bit"])
+def test_many_chunks_continue_from_every_cut(state_dtype: str) -> None:
+    """Chunks that rest for a while, gradients in halves, a last chunk that is short."""
+    rng = np.random.default_rng(2)
+    gradients = [rng.normal(size=2600).astype(np.float16) for _ in range(8)]
+    for t, gradient in enumerate(gradients):
+        gradient[256 * t : 256 * t + 1100] = 0
+    config = {"state_dtype": state_dtype, "schedule": "cosine", "max_steps": 8, "threads": 2}
+    whole, trainer = LoraAdapter(200, 60, LoraConfig(rank=10), seed=3), make_trainer(**config)
+    cuts = []
+    for gradient in gradients:
+        cuts.append((whole.flat.vector.copy(), trainer.state_dict()))
+        trainer.step(1.0, whole, gradient)
+    for t, (parameters, state) in enumerate(cuts):
+        adapter, resumed = LoraAdapter(200, 60, LoraConfig(rank=10), seed=4), make_trainer(**config | {"threads": 1})
+        adapter.flat.vector[...] = parameters
+        resumed.load_state_dict(state)
+        for gradient in gradients[t:]:
+            resumed.step(1.0, adapter, gradient)
+        assert fingerprint(resumed, adapter) == fingerprint(trainer, whole)
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "8bit"])
+def test_state_is_plain_and_survives_json_and_arrays(state_dtype: str) -> None:
+    adapter, trainer = make_adapter(), make_trainer(state_dtype=state_dtype)
     for seed in range(3):
         trainer.step(1.0, adapter, *make_pair(seed))
     trainer.accumulate(1.0, adapter, *make_pair())
@@ -85,10 +118,10 @@ def test_state_is_plain_and_survives_json_and_arrays() -> None:
         return {"array": value.tolist(), "dtype": str(value.dtype)} if isinstance(value, np.ndarray) else value
 
     def from_json(value: dict) -> object:
-        return np.array(value["array"], value["dtype"]) if "dtype" in value else value
+        return np.array(value["array"], value["dtype"]) if "array" in value else value
 
     text = json.dumps(state, default=to_json)
-    resumed = make_trainer()
+    resumed = make_trainer(state_dtype=state_dtype)
     resumed.load_state_dict(json.loads(text, object_hook=from_json))
     assert fingerprint(resumed.state_dict()) == fingerprint(state)
 
@@ -205,7 +238,7 @@ BAD_STATES = [
     (lambda: good_state() | {"extra": 1}, "state must be a mapping with the keys .*extra"),
     (lambda: broken("version", 2), "state version must be 1, got 2"),
     (lambda: broken("version", None), "state version must be 1, got None"),
-    (lambda: broken("adam", []), "adam must be a mapping with the keys layout, m, v, t, got list"),
+    (lambda: broken("adam", []), "adam must be a mapping with the keys layout, t and those of the moments, got list"),
     (lambda: broken("adam.t", 4), "adam t must be at most the 3 steps of the history, got 4"),
     (lambda: broken("adam.t", -1), "adam t must be an integer >= 1, got -1"),
     (lambda: broken("adam.m", np.full(33, np.nan, "f4")), "adam m must be finite, got nan"),
@@ -238,6 +271,64 @@ def test_a_bad_state_is_refused_and_changes_nothing(make, message: str) -> None:
     assert fingerprint(trainer, adapter) == before
     assert trainer.training_history is history
     trainer.step_accumulated()
+
+
+COMPACT_BAD_STATES = [
+    ("8bit", "float32", None, None, "adam dtype must be 'float32', as configured, got '8bit'"),
+    ("bfloat16", "8bit", None, None, "adam dtype must be '8bit', as configured, got 'bfloat16'"),
+    ("float32", "bfloat16", None, None, "adam dtype must be 'bfloat16', as configured, got 'float32'"),
+    ("8bit", "8bit", "dtype", "4bit", "adam dtype must be one of 'float32', 'bfloat16', '8bit', got '4bit'"),
+    ("8bit", "8bit", "m", np.zeros(32, "i1"), r"adam m must be int8 of shape \(33,\), got int8 of shape \(32,\)"),
+    ("8bit", "8bit", "v", np.zeros(33, "u2"), "adam v must be uint8 of shape .*, got uint16"),
+    ("8bit", "8bit", "m_exponents", np.zeros(2, "u1"), r"adam m_exponents must be uint8 of shape \(1,\)"),
+    ("8bit", "8bit", "m_exponents", np.array([238], "u1"), "adam m_exponents must be at most 237, got 238"),
+    ("8bit", "8bit", "v_exponents", np.array([222], "u1"), "adam v_exponents must be at most 221, got 222"),
+    ("bfloat16", "bfloat16", "m", np.full(33, 0x7F80, "u2"), "adam m must be finite, got inf"),
+    ("bfloat16", "bfloat16", "v", np.full(33, 0x7FC0, "u2"), "adam v must be finite, got nan"),
+    ("bfloat16", "bfloat16", "v", np.full(33, 0xBF80, "u2"), "adam v must be >= 0, got -1.0"),
+    ("bfloat16", "bfloat16", "v", np.zeros(33, "f4"), "adam v must be uint16 of shape .*, got float32"),
+]
+
+
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize(("saved", "configured", "key", "value", "message"), COMPACT_BAD_STATES)
+def test_a_bad_compact_state_is_refused_and_changes_nothing(
+    saved: str, configured: str, key: str | None, value: object, message: str, bound: bool
+) -> None:
+    first, trained = make_trainer(state_dtype=saved), make_adapter()
+    for seed in range(3):
+        first.step(1.0, trained, *make_pair(seed))
+    state = first.state_dict()
+    if key is not None:
+        state["adam"][key] = value
+    trainer, adapter = make_trainer(state_dtype=configured), make_adapter()
+    if bound:
+        trainer.step(1.0, adapter, *make_pair(7))
+    before = fingerprint(trainer, adapter)
+    with pytest.raises(StateError, match=message):
+        trainer.load_state_dict(state)
+    assert fingerprint(trainer, adapter) == before
+    trainer.step(1.0, adapter, *make_pair(8))
+
+
+def test_the_largest_legal_compact_state_stays_finite() -> None:
+    """Every stored number as large as the checks let through: no step makes it infinite."""
+    largest = {
+        "bfloat16": {"m": np.full(33, 0x7F7F, "u2"), "v": np.full(33, 0x7F7F, "u2")},
+        "8bit": {"m": np.full(33, -0x7F, "i1"), "v": np.full(33, 0xFF, "u1"),
+                 "m_exponents": np.array([237], "u1"), "v_exponents": np.array([221], "u1")},
+    }  # fmt: skip
+    for state_dtype, arrays in largest.items():
+        trainer, adapter = make_trainer(state_dtype=state_dtype), make_adapter()
+        trainer.step(1.0, adapter, *make_pair())
+        state = trainer.state_dict()
+        state["adam"] |= arrays
+        trainer.load_state_dict(state)
+        for seed in range(5):
+            trainer.step(1.0, adapter, *make_pair(seed))
+            for values in (adapter.flat.vector, trainer._adam.m, trainer._adam.v):
+                assert np.isfinite(values).all()
+            make_trainer(state_dtype=state_dtype).load_state_dict(trainer.state_dict())
 
 
 def test_history_limit_of_state_and_config_must_agree() -> None:

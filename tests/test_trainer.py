@@ -193,12 +193,27 @@ def test_every_n_steps_are_logged_and_called_back(caplog: pytest.LogCaptureFixtu
     bad[0][0, 0] = np.nan
     with caplog.at_level(logging.INFO, logger="cylora"):
         records = [trainer.step(2.0, adapter, *(bad if step == 5 else make_pair())) for step in range(7)]
+    assert [step.step for step in seen] == [2, 5]
     assert seen == [records[2], records[5]]
     assert [record.getMessage() for record in caplog.records] == [
         f"step 2: loss 2, learning rate 0.0003, gradient norm {seen[0].grad_norm:.4g}",
         "step 5: loss 2, learning rate 0.0003, gradient norm nan, skipped",
     ]
     assert {record.name for record in caplog.records} == {"cylora"}
+
+
+def test_each_record_keeps_its_own_numbers() -> None:
+    """Also where they were made for a step that was refused or skipped; a float of a record belongs to no other."""
+    trainer, adapter = make_trainer(nonfinite="skip"), make_adapter()
+    pairs = [[np.float32(1 + seed) * part for part in make_pair(seed)] for seed in range(5)]
+    pairs[3][0][1, 1] = np.nan
+    norms = [grad_norm(pair) for pair in pairs]
+    records = [trainer.step(1.0 + step, adapter, *pair) for step, pair in enumerate(pairs)]
+    assert len(set(norms)) == 5
+    assert str([record.grad_norm for record in records]) == str(norms)
+    assert [record.loss for record in records] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert [record.skipped for record in records] == [False, False, False, True, False]
+    assert str([record.grad_norm for record in trainer.training_history]) == str(norms)
 
 
 def test_accumulated_steps_are_reported_too() -> None:

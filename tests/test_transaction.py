@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from training import fingerprint, make_adapter, make_set
@@ -21,6 +22,7 @@ from cylora import (
     Gradients,
     InputError,
     LoraAdapter,
+    LoraConfig,
     LoraTrainer,
     LoraTrainingConfig,
     NonFiniteGradientError,
@@ -30,6 +32,8 @@ from cylora import (
 )  # fmt: skip
 
 NAN, INF = math.nan, math.inf
+BFLOAT16 = ml_dtypes.bfloat16
+HALVES = (np.float16, BFLOAT16, np.uint16)
 
 
 class SwitchedSchedule:
@@ -48,6 +52,7 @@ class Setting:
 
     adapters: LoraAdapter | AdapterSet
     config: dict[str, Any]
+    dtype: Any = np.float32  # of good gradients
     schedule: SwitchedSchedule = field(default_factory=SwitchedSchedule)
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
@@ -60,7 +65,7 @@ class Setting:
         return self.adapters.param_count()
 
     def vector(self) -> np.ndarray:
-        return self.rng.normal(size=self.size).astype(np.float32)
+        return self.rng.normal(size=self.size).astype(self.dtype)
 
     def good_step(self) -> None:
         self.trainer.step(float(self.rng.normal()), self.adapters, self.vector())
@@ -111,8 +116,15 @@ def _fail() -> float:
     raise ZeroDivisionError
 
 
-def _misaligned(s: Setting) -> np.ndarray:
-    return np.zeros(4 * s.size + 1, np.uint8)[1:].view(np.float32)
+def _misaligned(s: Setting, dtype: Any = np.float32) -> np.ndarray:
+    raw = np.zeros((s.size + 1) * np.dtype(dtype).itemsize, np.uint8)
+    return raw[1 : 1 + s.size * np.dtype(dtype).itemsize].view(dtype)
+
+
+def _spoilt_half(s: Setting, index: int, value: float, dtype: Any) -> np.ndarray:
+    """Return a gradient of halves; as uint16 the bits of bfloat16."""
+    gradient = s.spoilt(index, value).astype(BFLOAT16 if dtype is np.uint16 else dtype)
+    return gradient.view(dtype)
 
 
 def _pending(s: Setting) -> None:
@@ -124,7 +136,16 @@ def _pending(s: Setting) -> None:
 
 
 def _moments(s: Setting) -> None:
-    s.step(s.trainer._adam.m if s.trainer._adam else s.adapters.flat.vector)
+    moments = s.trainer._adam._moments.stored_m if s.trainer._adam else s.adapters.flat.vector
+    s.step(moments if moments.dtype == np.float32 else s.adapters.flat.vector)
+
+
+def _stored_moments(s: Setting) -> None:
+    """The bytes of the moments, as halves: of bfloat16 state they even have the right number."""
+    moments = s.trainer._adam._moments.stored_m if s.trainer._adam else s.adapters.flat.vector
+    if moments.itemsize == 1:
+        moments = s.adapters.flat.vector
+    s.step(moments.view(np.uint16)[-s.size :])
 
 
 def _loss_that_steps(s: Setting) -> None:
@@ -137,7 +158,7 @@ def _a_set_as_pair(s: Setting) -> None:
 
 
 SHAPE, BUSY, RATE = (
-    "must be a C-contiguous, aligned float32 array",
+    r"must be a C-contiguous, aligned array of float32, float16, bfloat16 or \(bfloat16's bits\) uint16 of shape",
     "this trainer is busy",
     "learning rate must be a number",
 )
@@ -162,8 +183,30 @@ CAUSES: list[tuple[str, Callable[[Setting], None], type[BaseException], str | No
     ("0-d", lambda s: s.step(np.float32(1)), InputError, SHAPE),
     *[
         (f"dtype {dtype}", lambda s, d=dtype: s.step(np.ones(s.size, d)), InputError, SHAPE)
-        for dtype in ("f2", "f8", ">f4", "i4", "u4", "c8", "O", "S4", "V4")
+        for dtype in ("f8", ">f4", ">f2", ">u2", "i2", "i4", "u4", "c8", "O", "S4", "V4", "V2")
     ],
+    *[
+        (f"{value} in {np.dtype(dtype)} at {where}",
+         lambda s, i=index, v=value, d=dtype: s.step(_spoilt_half(s, i(s), v, d)), NonFiniteGradientError,
+         f"gradient of .* must be finite, got {value} at")
+        for value in (NAN, -INF)
+        for where, index in {"the first": lambda s: 0, "the last": lambda s: s.size - 1}.items()
+        for dtype in HALVES
+    ],
+    ("bfloat16 too large", lambda s: s.step(np.full(s.size, 3e38, BFLOAT16)), NonFiniteGradientError, TOO_LARGE),
+    *[
+        (f"{what} {np.dtype(dtype)}", lambda s, d=dtype, f=make: s.step(f(s, d)), InputError, message)
+        for what, make, message in (
+            ("short", lambda s, d: np.ones(s.size - 1, d), SHAPE),
+            ("row of", lambda s, d: np.ones((1, s.size), d), SHAPE),
+            ("strided", lambda s, d: np.ones(2 * s.size, d)[::2], SHAPE),
+            ("misaligned", _misaligned, SHAPE),
+        )
+        for dtype in HALVES
+    ],
+    ("the parameters as halves", lambda s: s.step(s.adapters.flat.vector.view(np.float16)[: s.size]), InputError,
+     "must not overlap the parameters"),
+    ("the stored moments", _stored_moments, InputError, "must not overlap the parameters"),
     ("strided", lambda s: s.step(np.ones(2 * s.size, np.float32)[::2]), InputError, "strides"),
     ("backwards", lambda s: s.step(np.ones(s.size, np.float32)[::-1]), InputError, "strides"),
     ("broadcast", lambda s: s.step(np.broadcast_to(np.float32(1), s.size)), InputError, "strides"),
@@ -248,6 +291,49 @@ def test_a_refused_step_leaves_every_byte(
                 one.good_step()
                 one.good_step()
             assert fingerprint(setting.trainer, setting.adapters) == fingerprint(twin.trainer, twin.adapters)
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "8bit"])
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16])
+def test_a_refused_step_leaves_every_byte_of_compact_state(state_dtype: str, dtype: Any) -> None:
+    """Of more than one chunk, the last one short, after gradients in halves; the next steps are a twin's."""
+    for name, cause, error, message in CAUSES:
+        for steps in (0, 3):
+            sets = (AdapterSet({"a": (90, 40), "b": (50, 7)}, LoraConfig(rank=4), seed=0) for _ in range(2))
+            setting, twin = (Setting(adapters, {"state_dtype": state_dtype}, dtype) for adapters in sets)
+            for one in (setting, twin):
+                for _ in range(steps):
+                    one.good_step()
+            before = fingerprint(setting.trainer, setting.adapters)
+            with pytest.raises(error, match=message):
+                cause(setting)
+            assert fingerprint(setting.trainer, setting.adapters) == before, name
+            for one in (setting, twin):
+                one.rng = np.random.default_rng(5)
+                one.good_step()
+                one.good_step()
+            assert setting.trainer._adam._moments.dtype == state_dtype
+            assert fingerprint(setting.trainer, setting.adapters) == fingerprint(twin.trainer, twin.adapters), name
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "8bit"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_skipping_keeps_compact_state(state_dtype: str, dtype: Any) -> None:
+    """The skipped steps do not count for the noise either: the next good step is that of a twin that met none."""
+    setting, twin = (Setting(make_set(), {"nonfinite": "skip", "state_dtype": state_dtype}) for _ in range(2))
+    for one in (setting, twin):
+        one.good_step()
+    before = fingerprint(setting.adapters, setting.trainer._adam._moments.to_dict())
+    for index in range(50):
+        setting.step(_spoilt_half(setting, index, INF, dtype))
+    assert fingerprint(setting.adapters, setting.trainer._adam._moments.to_dict()) == before
+    assert (setting.trainer._adam.t, setting.trainer.skipped_steps()) == (1, 50)
+    for one in (setting, twin):
+        one.schedule.instead = lambda step: 0.01
+        one.good_step()
+    assert fingerprint(setting.adapters, setting.trainer._adam._moments.to_dict()) == fingerprint(
+        twin.adapters, twin.trainer._adam._moments.to_dict()
+    )
 
 
 @pytest.mark.parametrize("kind", ["adapter", "set"])

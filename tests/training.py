@@ -61,12 +61,13 @@ def _feed(digest: Any, value: Any) -> None:
 
 
 def fingerprint(*holders: Any) -> str:
-    """Return the sha256 of all that trainers, adapters, arrays and generators hold, the live moments included."""
+    """Return the sha256 of all that trainers, adapters, arrays and generators hold, with the live moments as stored."""
     digest = hashlib.sha256()
     for holder in holders:
         if isinstance(holder, LoraTrainer):
             adam = holder._adam
-            live = None if adam is None or adam.t == 0 else [adam.m, adam.v, adam.t, adam.busy]
+            stored = None if adam is None else adam._moments.to_dict()
+            live = None if adam is None or adam.t == 0 else [adam.m, adam.v, stored, adam.t, adam.busy]
             _feed(digest, [holder.state_dict(), live, holder.accumulated, holder.total_steps(), holder.skipped_steps()])
             _feed(digest, [list(holder.training_history), holder.average_loss(), holder._calling_back])
         elif isinstance(holder, (LoraAdapter, AdapterSet)):

@@ -15,6 +15,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from cylora import __version__
+from cylora.config import thread_count
 from cylora.errors import CyloraError, FormatError, InputError
 from cylora.formats.adapter_file import save_adapters
 from cylora.formats.durable import replace_file
@@ -39,6 +40,7 @@ def train(options: Tables, config_file: Path | None, output: Path | None, *, qui
     """
     _import_extras()
     settings, factory = _settle(options, config_file)
+    thread_count(settings.config.threads)  # a wrong environment is the user's to mend, and no failure of the task
     folder = _RunFolder(output, settings.task)
     task = CheckedTask(settings.task, factory, settings.config.lora_config, settings.seed)
     folder.create()

@@ -51,9 +51,10 @@ def thread_count(threads: int | None) -> int:
     text = os.environ.get("CYLORA_NUM_THREADS", "").strip()
     if not text:
         return 1
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_THREADS):
+    digits = text.lstrip("0")[:3]  # enough to tell, and never too many for int()
+    if not (text.isascii() and text.isdigit() and digits and int(digits) <= MAX_THREADS):
         raise ConfigError(f"CYLORA_NUM_THREADS must be an integer in 1..{MAX_THREADS}, got {text!r}")
-    return int(text)
+    return int(digits)
 
 
 class _Validated:

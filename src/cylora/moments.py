@@ -89,12 +89,15 @@ class Moments:
         dtype = state.get("dtype")
         if not isinstance(dtype, str) or dtype not in STATE_DTYPES:
             raise StateError(f"adam dtype must be one of {', '.join(map(repr, STATE_DTYPES))}, got {dtype!r}")
+        chunks = (np.uint8, (-(-size // CHUNK),))
+        forms = {name: (stored, (size,)) for name, stored in zip("mv", STORED[dtype], strict=True)}
+        forms |= {"m_exponents": chunks, "v_exponents": chunks} if dtype == "8bit" else {}
+        checks.items("adam moments", state, ("dtype", *forms), StateError)
+        # Before memory is taken: the size is only what a layout claims.
+        given = [checks.array(f"adam {name}", state[name], *form, StateError) for name, form in forms.items()]
         moments = cls(size, dtype)
-        names = moments.to_dict().keys()
-        checks.items("adam moments", state, tuple(names), StateError)
-        for name, array in moments._arrays().items():
-            if name in names:
-                array[...] = checks.array(f"adam {name}", state[name], array.dtype, array.shape, StateError)
+        for mine, array in zip(moments._arrays().values(), given, strict=False):  # float32 and bfloat16: no exponents
+            mine[...] = array
         moments._check()
         return moments
 
