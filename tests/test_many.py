@@ -349,15 +349,36 @@ def test_a_busy_trainer_is_refused_and_the_others_step() -> None:
     assert crowd.marks() == twin.marks()
 
 
-def test_a_trainer_whose_state_is_replaced_meanwhile_goes_on_from_the_new_one() -> None:
-    """By the loss of the first job: no trainer is looked at before its turn."""
+def test_a_loss_may_give_a_state_to_a_trainer_whose_turn_has_not_come() -> None:
+    """That one steps on from its new state, as it would in single steps; one whose turn was before is busy."""
     crowd, twin, state = Crowd(20), Crowd(20), Crowd(20).trainers[2].state_dict()
+    crowd.trainers[-1].step(1.0, crowd.adapters[-1], *make_pair())
+    twin.trainers[-1].step(1.0, twin.adapters[-1], *make_pair())
+
+    def load() -> float:
+        with pytest.raises(TrainerBusyError):
+            crowd.trainers[0].load_state_dict(state)
+        crowd.trainers[-1].load_state_dict(state)
+        return 1.0
+
     jobs = crowd.jobs(1)
-    last = crowd.trainers[-1]
-    jobs[0] = (jobs[0][0], Loss(lambda: last.load_state_dict(state) or 0.0), *jobs[0][2:])
+    jobs[1] = (jobs[1][0], Loss(load), *jobs[1][2:])
     results = step_many(jobs)
     twin.trainers[-1].load_state_dict(state)
     assert results == [job[0].step(*job[1:]) for job in twin.jobs(1)]
+    assert crowd.marks() == twin.marks()
+
+
+def test_a_retired_optimizer_is_refused_in_its_place() -> None:
+    """Another thread may replace a trainer's optimizer after it was looked up: the old one then refuses for good."""
+    crowd, twin = Crowd(20), Crowd(20)
+    crowd.trainers[crowd.bad]._adam.retire()
+    results = step_many(crowd.jobs(1))
+    assert isinstance(results[crowd.bad], TrainerBusyError)
+    assert "another thread has given it another state" in str(results[crowd.bad])
+    records = [job[0].step(*job[1:]) for i, job in enumerate(twin.jobs(1)) if i != twin.bad]
+    assert results[: crowd.bad] + results[crowd.bad + 1 :] == records
+    del crowd.trainers[crowd.bad], crowd.adapters[crowd.bad], twin.trainers[twin.bad], twin.adapters[twin.bad]
     assert crowd.marks() == twin.marks()
 
 
@@ -743,3 +764,25 @@ def test_ten_thousand_calls_leave_no_reference(cause: str) -> None:
     after, grown = reference_counts(*things), sys.getallocatedblocks() - blocks
     assert all(abs(a - b) <= 60 for a, b in zip(before, after, strict=True)), list(zip(before, after, strict=True))
     assert grown < 300
+
+
+def test_a_history_that_another_job_writes_to_refuses_that_step_alone() -> None:
+    crowd, twin = Crowd(12), Crowd(12)
+    jobs, same = crowd.jobs(1), twin.jobs(1)
+    first = crowd.trainers[0]
+
+    def write() -> float:
+        first.training_history.append(loss=9.0, learning_rate=0.0, grad_norm=0.0)
+        return 1.0
+
+    jobs[5] = (jobs[5][0], Loss(write), *jobs[5][2:])
+    same[5] = (same[5][0], 1.0, *same[5][2:])
+    before = crowd.adapters[0].flat.vector.copy()
+    results = step_many(jobs)
+    assert isinstance(results[0], StateError)
+    assert "another job wrote to it" in str(results[0])
+    assert results[1:] == [job[0].step(*job[1:]) for job in same[1:]]
+    assert np.array_equal(crowd.adapters[0].flat.vector, before)
+    assert first.training_history[-1].loss == 9.0
+    assert crowd.marks()[1:] == twin.marks()[1:]
+    assert isinstance(step_many([jobs[0]])[0], TrainingStep)

@@ -121,11 +121,14 @@ def test_workers_begin_with_the_same_items_each_time(teams) -> None:
         assert notes.ids[0] == teams.own_thread()
 
 
+MAX_HELPERS = 63
+
+
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("state", ["flush", "down", "up", "zero"])
 def test_helpers_have_the_standard_floating_point_state(teams, state: str) -> None:
     """Helpers that are started from a thread with another state, too; the caller keeps its own."""
-    clean, others = fp_state.STATES["clean"] & fp_state.MACHINE["control"], started() + 2
+    clean, others = fp_state.STATES["clean"] & fp_state.MACHINE["control"], min(started() + 2, MAX_HELPERS)
     before = fp_state.control()
     try:
         expected = fp_state.enter(state)

@@ -58,6 +58,7 @@ cdef class PreparedAdam:
     cdef int enter(self) except -1
     cdef void leave(self) noexcept
     cdef int begin(self, object loss, object grad_a, object grad_b, bint accumulated) except -1
+    cdef bint is_recordable(self) noexcept
     cdef object commit(self)
     cdef object refused(self)
     cdef int announce(self, object record) except -1

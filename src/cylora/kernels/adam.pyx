@@ -362,6 +362,10 @@ cdef class PreparedAdam:
         self.record = record
         return 0
 
+    cdef bint is_recordable(self) noexcept:
+        """Whether the history is still as `begin` found it."""
+        return self.count[0] == self.index
+
     cdef void _carry_out(self) noexcept:
         if self.task.step.n <= GIL_SIZE:
             carry_out(&self.task)

@@ -6,7 +6,7 @@ from cylora.kernels._fpenv cimport fp_enter, fp_leave
 from cylora.kernels.adam cimport PreparedAdam, Task, carry_out
 from cylora.kernels.threads cimport close_team, open_team, share
 
-from cylora.errors import InputError
+from cylora.errors import InputError, StateError
 
 cdef enum:
     WAVE = 32   # steps carried out, then recorded, while what they touched is still in the cache
@@ -94,6 +94,17 @@ def step_many(jobs, prepared, int threads):
                     continue
                 adams[count], places[count], tasks[count] = adam, i, &adam.task
                 count += 1
+            while done < count:  # a later job's schedule or loss may have written to the history of an earlier one
+                adam = adams[done]
+                if adam.is_recordable():
+                    done += 1
+                    continue
+                results[places[done]] = StateError("the history changed during the step: another job wrote to it")
+                adam.leave()
+                count -= 1
+                adams[done], places[done], tasks[done] = adams[count], places[count], tasks[count]
+                adams[count] = None
+            done = 0
             with nogil:
                 is_shared = _share_out(tasks, count, threads)
             # From here on no Python code runs until every step is done, so nothing can come between.
