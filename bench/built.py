@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from cases import Case, initial_parameters, split
+from oracle import NORM_TOLERANCE
 
 
 class Built(NamedTuple):
@@ -17,6 +18,7 @@ class Built(NamedTuple):
     read: Callable[[], np.ndarray]  # the flat result: parameters, or gradients if those are what is changed
     state: str = "float32"  # precision of the moments, which decides the tolerance
     dtype: str = "float32"  # of the gradients
+    norm_tolerance: float = NORM_TOLERANCE
 
 
 def gradient_array(shape: int | tuple[int, ...]) -> np.ndarray:

@@ -36,7 +36,7 @@ def measure(benchmark):
         benchmark.group = f"{peer.subject}, {case.parameters:>10,} parameters{matrices}"  # padded: sorts by size
         benchmark.name = peer.name
         benchmark.extra_info.update(peer=peer.name, case=case.name, parameters=case.parameters, correct=False)
-        benchmark.extra_info["error"] = subject.check(case, build(case, 1))
+        benchmark.extra_info["error"] = subject.check(case, build(case, 1)).result
         built = build(case, 1)
         call, args = subject.timed(case, built)
         stopwatch = Stopwatch(call, args)

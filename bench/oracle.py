@@ -14,8 +14,10 @@ from cases import CHECK_NORMS, Case, gradient, initial_parameters
 from cylora._cli_numpy import EPS, LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, parts, true_norm
 from cylora._cli_numpy import true_steps as steps_of_the_papers
 
-# NumPy's float32 dot product is off by up to 2e-5 at 10 million elements; cylora's own tests ask for 0.5 ulp.
-NORM_TOLERANCE = 1e-4
+NORM_TOLERANCE = 1e-4  # cylora's own tests ask for 0.5 ulp
+# Who adds squares in float32 is off by more where there are many: at 10 million NumPy's dot product by 2e-5 and PyTorch
+# by 2.4e-4, at 40 million by 1.3e-4 and 1.9e-3. Their users live with it, so it is not wrong, but the report says it.
+FLOAT32_NORM_TOLERANCE = 5e-3
 # A folder in which processes that check the same case share the truth, which takes seconds to find at 40 million.
 SHARED = "CYLORA_BENCH_ORACLE"
 
@@ -64,46 +66,46 @@ def _true_steps(case: Case, clips: bool, dtype: str) -> np.ndarray:
     return steps_of_the_papers(initial_parameters(case), gradients, clips=clips)
 
 
-def check_norm(found: float, flat: np.ndarray) -> float:
-    """Relative error of a norm; WrongResultError above NORM_TOLERANCE."""
+def check_norm(found: float, flat: np.ndarray, tolerance: float = NORM_TOLERANCE) -> float:
+    """Relative error of a norm; WrongResultError above ``tolerance``."""
     truth = true_norm(flat)
     error = abs(found - truth) / truth
-    if not error <= NORM_TOLERANCE:
-        raise WrongResultError(f"norm must be {truth!r} within {NORM_TOLERANCE:g} relative, got {found!r}")
+    if not error <= tolerance:
+        raise WrongResultError(f"norm must be {truth!r} within {tolerance:g} relative, got {found!r}")
     return error
 
 
-def check_clipped(found: np.ndarray, flat: np.ndarray, max_norm: float) -> float:
-    """Largest error of clipped gradients over the largest element; WrongResultError above NORM_TOLERANCE."""
+def check_clipped(found: np.ndarray, flat: np.ndarray, max_norm: float, tolerance: float = NORM_TOLERANCE) -> float:
+    """Largest error of clipped gradients over the largest element; WrongResultError above ``tolerance``."""
     scale = min(1.0, max_norm / true_norm(flat))
     worst = max(float(np.abs(found[w] - scale * flat[w].astype(np.float64)).max()) for w in parts(flat.size))
     error = worst / (scale * float(np.abs(flat).max()))
-    if not error <= NORM_TOLERANCE:
-        raise WrongResultError(f"clipped gradients are off by {error:.3g} relative, more than {NORM_TOLERANCE:g}")
+    if not error <= tolerance:
+        raise WrongResultError(f"clipped gradients are off by {error:.3g} relative, more than {tolerance:g}")
     return error
 
 
-def check_steps(found: np.ndarray, truth: np.ndarray, start: np.ndarray, state: str) -> float:
+def check_steps(found: np.ndarray, truth: np.ndarray, start: np.ndarray, state: str, norm_error: float = 0.0) -> float:
     """Largest error of the parameters after the check gradients, in learning rates.
 
-    WrongResultError where an element exceeds its tolerance, or the mean error along the way from ``start``.
+    WrongResultError where an element exceeds its tolerance, or the mean error along the way from ``start``. A norm that
+    is off by ``norm_error`` scales a gradient by as much, which moves a step by that share of a learning rate.
     """
     tolerance, steps = TOLERANCES[state], len(CHECK_NORMS)
+    element, most_bias = tolerance.element + norm_error, tolerance.bias + norm_error
     worst = along = 0.0
     for where in parts(found.size):
         error = found[where] - truth[where]
         size = np.abs(error)
-        allowed = steps * (tolerance.element * LEARNING_RATE + 2 * 2.0**-24 * np.abs(truth[where]))
+        allowed = steps * (element * LEARNING_RATE + 2 * 2.0**-24 * np.abs(truth[where]))
         if not np.all(size <= allowed):
             excess = float(np.max(size / allowed))
             raise WrongResultError(f"parameters are off by {excess:.3g} times the tolerance after {steps} steps")
         worst = max(worst, float(size.max()))
         along += float(np.sum(error * np.sign(truth[where] - start[where])))
     bias = abs(along) / found.size / LEARNING_RATE
-    if not bias <= steps * tolerance.bias:
-        raise WrongResultError(
-            f"the mean step is off by {bias / steps:.3g} learning rates, more than {tolerance.bias:g}"
-        )
+    if not bias <= steps * most_bias:
+        raise WrongResultError(f"the mean step is off by {bias / steps:.3g} learning rates, more than {most_bias:g}")
     return worst / LEARNING_RATE
 
 

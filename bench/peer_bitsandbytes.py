@@ -4,6 +4,7 @@ import bitsandbytes
 import torch
 from built import Built
 from cases import Case
+from oracle import FLOAT32_NORM_TOLERANCE
 from peer_torch import loader, parameters_of, reader
 from torch.nn.utils import clip_grad_norm_
 
@@ -22,7 +23,8 @@ def _build(case: Case, threads: int, bits: int) -> Built:
         optimizer.step()
         return norm
 
-    return Built(step, (), loader(params, case), reader(params), "8bit" if bits == 8 else "float32")
+    state = "8bit" if bits == 8 else "float32"
+    return Built(step, (), loader(params, case), reader(params), state, norm_tolerance=FLOAT32_NORM_TOLERANCE)
 
 
 def bits32(case: Case, threads: int) -> Built:

@@ -13,6 +13,7 @@ import numba
 import numpy as np
 from built import Built, gradient_vectors, joined, parameter_vectors
 from cases import Case
+from oracle import FLOAT32_NORM_TOLERANCE
 
 from cylora._cli_numpy import BETA1, BETA2, EPS, LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY
 
@@ -64,4 +65,4 @@ def kernel(case: Case, threads: int) -> Built:
             update(p, g, m, v, scale, beta1, beta2, rate, eps, keep)
         return norm
 
-    return Built(step, (), load, lambda: joined(params))
+    return Built(step, (), load, lambda: joined(params), norm_tolerance=FLOAT32_NORM_TOLERANCE)

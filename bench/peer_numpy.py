@@ -12,13 +12,14 @@ from built import (
     parameter_vectors,
 )
 from cases import Case, initial_parameters, split
+from oracle import FLOAT32_NORM_TOLERANCE
 
 from cylora._cli_numpy import MAX_GRAD_NORM, in_place_grad_norm, make_in_place, make_naive, naive_grad_norm
 
 
 def tuned_norm(case: Case, threads: int) -> Built:
     flat, load = flat_gradient(case)
-    return Built(reference.tuned_grad_norm, (flat,), load, flat.copy)
+    return Built(reference.tuned_grad_norm, (flat,), load, flat.copy, norm_tolerance=FLOAT32_NORM_TOLERANCE)
 
 
 def float64_norm(case: Case, threads: int) -> Built:
@@ -28,34 +29,40 @@ def float64_norm(case: Case, threads: int) -> Built:
 
 def in_place_norm(case: Case, threads: int) -> Built:
     grads, load = gradient_vectors(case)
-    return Built(in_place_grad_norm, (grads,), load, lambda: joined(grads))
+    return Built(in_place_grad_norm, (grads,), load, lambda: joined(grads), norm_tolerance=FLOAT32_NORM_TOLERANCE)
 
 
 def naive_norm(case: Case, threads: int) -> Built:
     grads, load = gradient_matrices(case)
-    return Built(naive_grad_norm, (grads,), load, lambda: joined(grads))
+    return Built(naive_grad_norm, (grads,), load, lambda: joined(grads), norm_tolerance=FLOAT32_NORM_TOLERANCE)
 
 
 def tuned_clip(case: Case, threads: int) -> Built:
     flat, load = flat_gradient(case)
-    return Built(reference.make_tuned_clip_grad_norm_(), (flat,), load, flat.copy)
+    return Built(
+        reference.make_tuned_clip_grad_norm_(), (flat,), load, flat.copy, norm_tolerance=FLOAT32_NORM_TOLERANCE
+    )
 
 
 def in_place_clip(case: Case, threads: int) -> Built:
     grads, load = gradient_vectors(case)
-    return Built(reference.in_place_clip_grad_norm_, (grads,), load, lambda: joined(grads))
+    return Built(
+        reference.in_place_clip_grad_norm_, (grads,), load, lambda: joined(grads), norm_tolerance=FLOAT32_NORM_TOLERANCE
+    )
 
 
 def naive_clip(case: Case, threads: int) -> Built:
     grads, load = gradient_matrices(case)
-    return Built(reference.naive_clip_grad_norm_, (grads,), load, lambda: joined(grads))
+    return Built(
+        reference.naive_clip_grad_norm_, (grads,), load, lambda: joined(grads), norm_tolerance=FLOAT32_NORM_TOLERANCE
+    )
 
 
 def _tuned(max_grad_norm: float | None) -> Callable[[Case, int], Built]:
     def build(case: Case, threads: int) -> Built:
         adam = reference.make_tuned(initial_parameters(case), max_grad_norm=max_grad_norm)
         flat, load = flat_gradient(case)
-        return Built(adam.step, (flat,), load, lambda: joined(adam.parameters))
+        return Built(adam.step, (flat,), load, lambda: joined(adam.parameters), norm_tolerance=FLOAT32_NORM_TOLERANCE)
 
     return build
 
@@ -64,7 +71,7 @@ def _in_place(max_grad_norm: float | None) -> Callable[[Case, int], Built]:
     def build(case: Case, threads: int) -> Built:
         adam = make_in_place(parameter_vectors(case), max_grad_norm=max_grad_norm)
         grads, load = gradient_vectors(case)
-        return Built(adam.step, (grads,), load, lambda: joined(adam.parameters))
+        return Built(adam.step, (grads,), load, lambda: joined(adam.parameters), norm_tolerance=FLOAT32_NORM_TOLERANCE)
 
     return build
 
@@ -73,7 +80,7 @@ def _naive(max_grad_norm: float | None) -> Callable[[Case, int], Built]:
     def build(case: Case, threads: int) -> Built:
         adam = make_naive(split(initial_parameters(case), case), max_grad_norm=max_grad_norm)
         grads, load = gradient_matrices(case)
-        return Built(adam.step, (grads,), load, lambda: joined(adam.parameters))
+        return Built(adam.step, (grads,), load, lambda: joined(adam.parameters), norm_tolerance=FLOAT32_NORM_TOLERANCE)
 
     return build
 

@@ -11,6 +11,7 @@ import math
 import numpy as np
 from built import Built, gradient_vectors, joined, parameter_vectors
 from cases import Case
+from oracle import FLOAT32_NORM_TOLERANCE
 from thinc.api import Adam, NumpyOps, Schedule
 
 from cylora._cli_numpy import BETA1, BETA2, EPS, LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, in_place_grad_norm
@@ -51,7 +52,13 @@ def adam(case: Case, threads: int) -> Built:
             optimizer(key, w, g)
         return norm
 
-    return Built(step_model if case.is_model else step_one, (), load, lambda: joined(weights))
+    return Built(
+        step_model if case.is_model else step_one,
+        (),
+        load,
+        lambda: joined(weights),
+        norm_tolerance=FLOAT32_NORM_TOLERANCE,
+    )
 
 
 def kernel(case: Case, threads: int) -> Built:
@@ -76,4 +83,4 @@ def kernel(case: Case, threads: int) -> Built:
             adam(w, g, m, v, BETA1, BETA2, eps, rate)
         return norm
 
-    return Built(step, (), load, lambda: joined(weights))
+    return Built(step, (), load, lambda: joined(weights), norm_tolerance=FLOAT32_NORM_TOLERANCE)

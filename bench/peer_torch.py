@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from built import Built
 from cases import Case, initial_parameters, split
+from oracle import FLOAT32_NORM_TOLERANCE
 from torch.nn.utils import clip_grad_norm_
 
 from cylora._cli_numpy import BETA1, BETA2, EPS, LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY
@@ -48,7 +49,7 @@ def _build(case: Case, threads: int, **form: bool) -> Built:
         optimizer.step()
         return norm
 
-    return Built(step, (), loader(params, case), reader(params))
+    return Built(step, (), loader(params, case), reader(params), norm_tolerance=FLOAT32_NORM_TOLERANCE)
 
 
 def fused(case: Case, threads: int) -> Built:

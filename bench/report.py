@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from limits import BYTES_PER_PARAMETER, Limits
-from oracle import TOLERANCES
+from oracle import NORM_TOLERANCE, TOLERANCES
 from roster import CYLORA, PEERS, version_of
 from turns import FAILED, LEFT_OUT, MISSING, OK, WRONG, Result
 
@@ -92,6 +92,8 @@ def ratio_table(results: list[Result], *, markdown: bool) -> str:
         for case in cases:
             r = found[peer, case]
             if r.status == OK:
+                if (r.norm_error or 0) > NORM_TOLERANCE:
+                    notes.append(f"{peer}, {case}: counted, but its norm, a float32 sum, is off by {r.norm_error:.2g}")
                 ratio = times(r.median_us / base[case])
                 cells.append(ratio if markdown else f"{ratio} ({microseconds(r.median_us)})")
             else:

@@ -47,6 +47,7 @@ class Result:
     disturbed_turns: int = 0  # while another process had a core; they count only where there are no others
     calls_per_turn: int = 0
     error: float | None = None  # largest after the check gradients, in learning rates (norm, clip: relative)
+    norm_error: float | None = None  # relative; 0 where a peer keeps its norm to itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +180,7 @@ def _checked(pairs: list[tuple[Result, Process]], case: Case) -> list[tuple[Resu
         for row, process in few:
             answer = process.receive()
             if _accept(row, process, answer):
-                row.error, row.state = answer["error"], answer["state"]
+                row.error, row.norm_error, row.state = answer["error"], answer["norm_error"], answer["state"]
     return pairs
 
 

@@ -40,7 +40,8 @@ class Worker:
         """Check an instance of its own, which is gone afterwards."""
         the_case = case_named(case)
         built = self._build(the_case, self._threads)
-        return {"error": self._subject.check(the_case, built), "state": built.state}
+        error, norm_error = self._subject.check(the_case, built)
+        return {"error": error, "norm_error": norm_error, "state": built.state}
 
     def place(self, case: str, turn_seconds: float, cold: bool) -> dict[str, Any]:
         """Allocate everything anew and find out how many calls make a turn."""
