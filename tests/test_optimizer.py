@@ -429,3 +429,17 @@ def test_refusal_without_a_culprit_speaks_of_the_norm() -> None:
 def test_isa_is_one_of_the_variants(isa: str) -> None:
     assert isa in optimizer.variants
     assert "baseline" in optimizer.variants
+
+
+def test_the_error_of_a_gradient_that_is_not_finite_says_so_whenever_it_is_read() -> None:
+    """Its message is made late: it must not change with later steps, and survive copies."""
+    adam = Adam(np.zeros(5, np.float32))
+    gradient = np.array([1, 2, np.nan, 4, 5], np.float32)
+    with pytest.raises(NonFiniteGradientError) as raised:
+        adam.step(gradient)
+    with pytest.raises(NonFiniteGradientError, match=r"got -inf at \[4\]"):
+        adam.step(np.array([1, 2, 3, 4, -np.inf], np.float32))
+    message = "gradient of parameters must be finite, got nan at [2]"
+    assert str(raised.value) == str(pickle.loads(pickle.dumps(raised.value))) == message
+    assert str(NonFiniteGradientError("plain")) == "plain"
+    assert str(NonFiniteGradientError()) == ""

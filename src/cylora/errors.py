@@ -25,7 +25,15 @@ class InputError(CyloraError, ValueError):
 
 
 class NonFiniteGradientError(InputError):
-    """A gradient is NaN, infinite, or too large for its square to fit float32. Nothing was written."""
+    """A gradient is NaN, infinite, or too large for its square to fit float32. Nothing was written.
+
+    The message may come as a function that makes it. A loop that catches these errors and goes on never reads them, and
+    making one takes several times as long as a small step.
+    """
+
+    def __str__(self) -> str:
+        message = self.args[0] if len(self.args) == 1 else None
+        return str(message()) if callable(message) else super().__str__()
 
 
 class TrainerBusyError(CyloraError, RuntimeError):

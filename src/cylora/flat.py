@@ -10,7 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 from cylora import checks
 from cylora.errors import ConfigError, InputError
 
-__all__ = ["FlatBuffer", "FloatArray", "Layout", "aligned_zeros"]
+__all__ = ["FlatBuffer", "FloatArray", "Layout", "aligned_zeros", "locate"]
 
 FloatArray = NDArray[np.float32]
 Layout = tuple[tuple[str, tuple[int, ...]], ...]
@@ -117,12 +117,17 @@ class FlatBuffer:
 
     def locate(self, index: int) -> tuple[str, tuple[int, ...]]:
         """Return the name of the array that holds element ``index`` of the vector, and the place in it."""
-        for name, shape in self.layout:
-            size = math.prod(shape)
-            if index < size:
-                return name, tuple(int(i) for i in np.unravel_index(index, shape))
-            index -= size
-        raise IndexError("index is past the end of the buffer")
+        return locate(self.layout, index)
+
+
+def locate(layout: Layout, index: int) -> tuple[str, tuple[int, ...]]:
+    """Return the name of the array that holds element ``index`` of a vector of this layout, and the place in it."""
+    for name, shape in layout:
+        size = math.prod(shape)
+        if index < size:
+            return name, tuple(int(i) for i in np.unravel_index(index, shape))
+        index -= size
+    raise IndexError("index is past the end of the buffer")
 
 
 def _restored(layout: Layout, phase: int, values: FloatArray) -> FlatBuffer:

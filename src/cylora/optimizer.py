@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from cylora import checks
 from cylora.config import MAX_LEARNING_RATE, MAX_RATE_TIMES_DECAY, LoraTrainingConfig, thread_count
 from cylora.errors import InputError, NonFiniteGradientError, StateError
-from cylora.flat import FlatBuffer, FloatArray, Layout
+from cylora.flat import FlatBuffer, FloatArray, Layout, locate
 from cylora.kernels import PreparedAdam, clip, isa, norm, step_many, variants
 from cylora.moments import Moments
 
@@ -115,6 +116,11 @@ def check_rate(rate: Any, config: LoraTrainingConfig) -> float:
     limit = _max_rate(config)
     rule = "a number in [0, 1e6]" if limit == MAX_LEARNING_RATE else f"a number in [0, {limit:g}] (2 / weight_decay)"
     return checks.real("learning rate", rate, rule, lambda x: 0 <= x <= limit, InputError)
+
+
+def _nonfinite_message(layout: Layout, index: int, value: float) -> str:
+    name, place = locate(layout, index)
+    return f"gradient of {name} must be finite, got {value} at [{', '.join(map(str, place))}]"
 
 
 class AdamState(NamedTuple):
@@ -297,6 +303,6 @@ class Adam(PreparedAdam):
             return NonFiniteGradientError(f"the gradient's norm must be at most {what}, got {norm:.9g}")
         if self.nonfinite_index < 0:
             return NonFiniteGradientError(f"the gradient's norm must be finite, got {norm}")
-        name, place = self._flat.locate(self.nonfinite_index)
-        where = ", ".join(map(str, place))
-        return NonFiniteGradientError(f"gradient of {name} must be finite, got {self.nonfinite_value} at [{where}]")
+        return NonFiniteGradientError(
+            partial(_nonfinite_message, self._flat.layout, self.nonfinite_index, self.nonfinite_value)
+        )
