@@ -1,7 +1,7 @@
 """Count the instructions of kernels and small steps: ``python bench/instructions.py`` compares with instructions.json.
 
 A count, unlike a time, is the same on a busy machine, so it can decide about a change. It knows nothing of how long an
-instruction takes: a division counts like an addition, a cache miss not at all. That is what report.py is for.
+instruction takes: a division counts like an addition, a cache miss not at all. That is what peers.py is for.
 
 Exit code 1: a figure has grown by more than its tolerance, or there are none to compare with. Figures that fell by more
 than 5 % are pointed out. After a change that is meant to cost what it costs, or a new compiler, ``--update`` writes
