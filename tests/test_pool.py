@@ -355,10 +355,13 @@ FORKS = """
         os.kill(child, 9)
         raise SystemExit("the child hangs")
 
+    def all_take_part():  # at once, or on a busy machine sooner or later
+        return any(work(3, 24, 1000) == (True, 3) for _ in range(50))
+
     def check():
         assert started() == 0
         assert work()[0]
-        assert work(3, 24, 1000) == (True, 3)
+        assert all_take_part()
         assert started() == 2
 """
 
@@ -373,7 +376,7 @@ def test_forked_child_starts_its_own_helpers(folder) -> None:
                 time.sleep(0.001)
             child_of((lambda: (check(), child_of(check))) if i % 10 == 0 else check)
             assert work()[0] and started() == 2
-        assert work(3, 24, 1000) == (True, 3)
+        assert all_take_part()
     """
     in_a_process(folder, textwrap.dedent(FORKS) + textwrap.dedent(program), timeout=120)
 
