@@ -159,7 +159,8 @@ def how_checked(results: list[Result]) -> str:
         tolerance = TOLERANCES[state]
         lines.append(
             f"{state} state: after three steps each parameter within 3 x {tolerance.element:g} learning rates of the "
-            f"float64 oracle (largest found: {worst:.2g}), their mean within 3 x {tolerance.bias:g}; after the timed "
+            f"float64 oracle, plus float32's roundings and what the error of a peer's own norm adds (largest found: "
+            f"{worst:.2g}), their mean within 3 x {tolerance.bias:g}; after the timed "
             f"steps within {tolerance.drift:g} of the way on average, {tolerance.worst_drift:g} at most"
         )
     turns, disturbed = sum(r.turns for r in results), sum(r.disturbed_turns for r in results)

@@ -96,7 +96,8 @@ class Process:
 
     def close(self) -> None:
         """End the process and wait for its end."""
-        self._popen.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, and what was said to it is lost
+            self._popen.stdin.close()
         self._popen.stdout.close()
         self._popen.wait()
 
