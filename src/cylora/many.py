@@ -11,17 +11,17 @@ from cylora.trainer import LoraTrainer
 
 __all__ = ["step_many"]
 
+
 def step_many(jobs: Iterable[tuple[Any, ...]], *, threads: int | None = None) -> list[TrainingStep | Exception]:
     """Do one step of each of many independent trainers in one call, and return what each came to.
 
-    For thousands of small adapters: all norms and updates run in one stretch of C, without the GIL.
+    For thousands of small adapters. Norms and updates run in C without the GIL, and no Python code comes between them.
 
     Parameters
     ----------
     jobs : iterable of (trainer, loss, adapter, grad_a, grad_b) or (trainer, loss, adapter, gradients)
         What `LoraTrainer.step` of that trainer would be called with. A trainer that comes twice is busy the second
-        time.
-        No gradient may lie in another job's parameters.
+        time. No gradient may lie in another job's parameters.
     threads : int in 1..64, optional
         Most threads to share the jobs between; None is CYLORA_NUM_THREADS, or 1. No bit of any result depends on it.
         Jobs that train the same parameters run one after the other, in their order.

@@ -119,8 +119,9 @@ class Moments:
             largest = int(getattr(self, name).max(initial=0))
             if largest > limit:
                 raise StateError(f"adam {name} must be at most {limit}, got {largest}")
-        for name, values in (("m", self.m), ("v", self.v)):
+        m, v = self.m, self.v  # compact forms are decoded anew at each look
+        for name, values in (("m", m), ("v", v)):
             if not np.isfinite(values).all():
                 raise StateError(f"adam {name} must be finite, got {values[~np.isfinite(values)][0]}")
-        if np.signbit(self.v).any() and (self.v < 0).any():
-            raise StateError(f"adam v must be >= 0, got {self.v.min()}")
+        if (v < 0).any():
+            raise StateError(f"adam v must be >= 0, got {v.min()}")
