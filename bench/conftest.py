@@ -19,6 +19,8 @@ LARGEST = 11_000_000  # more is for peers.py: the oracle alone would take second
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``bench_<subject>`` runs with every case and every peer of that subject that needs nothing but cylora."""
+    if "peer" not in metafunc.fixturenames:
+        return
     subject = metafunc.function.__name__.removeprefix("bench_")
     cases = (SOME,) if subject == "many" else [case for case in CASES if case.parameters <= LARGEST]
     peers = [peer for peer in PEERS if peer.subject == subject and not peer.is_foreign]

@@ -431,6 +431,95 @@ def test_a_set_refuses_by_name(make, message: str) -> None:
         make()
 
 
+# ---------------------------------------------------------------- for those who read and write files
+
+
+def test_zeros_is_an_adapter_to_be_filled() -> None:
+    config = LoraConfig(rank=3, alpha=1.5, use_rslora=True)
+    adapter = LoraAdapter.zeros(np.int64(4), 2, config)
+    assert (adapter.d_in, adapter.d_out, adapter.rank, adapter.scaling) == (4, 2, 3, config.scaling)
+    assert type(adapter.d_in) is int
+    assert adapter.config is config
+    assert (adapter.a_matrix.shape, adapter.b_matrix.shape) == ((3, 4), (2, 3))
+    assert not adapter.flat.vector.any()
+    source = LoraAdapter(4, 2, config, seed=0)
+    source.b_matrix = normal(2, 3)
+    adapter.flat.vector[...] = source.flat.vector
+    assert same_bits(adapter.apply(normal(5, 4)), source.apply(normal(5, 4)))
+
+
+def test_zeros_is_a_set_to_be_filled() -> None:
+    small, large = LoraConfig(rank=2, alpha=1.0), LoraConfig(rank=3, alpha=5.0, use_rslora=True)
+    adapters = AdapterSet.zeros({"q": (np.int32(6), 5, small), "out.proj": (2, 7, large), "k": (4, 3, small)})
+    assert list(adapters) == ["q", "out.proj", "k"]
+    assert [name for name, _ in adapters.flat.layout] == ["q.A", "q.B", "out.proj.A", "out.proj.B", "k.A", "k.B"]
+    shapes = {name: (one.d_in, one.d_out, one.rank, one.scaling) for name, one in adapters.items()}
+    assert shapes == {"q": (6, 5, 2, 0.5), "out.proj": (2, 7, 3, large.scaling), "k": (4, 3, 2, 0.5)}
+    assert {type(one.d_in) for one in adapters.values()} == {int}
+    assert adapters["out.proj"].config is large
+    assert not adapters.flat.vector.any()
+    assert adapters.flat.vector.ctypes.data % 64 == 0
+    adapters["k"].b_matrix[...] = 1  # the last six elements
+    assert np.flatnonzero(adapters.flat.vector).tolist() == list(
+        range(adapters.param_count() - 6, adapters.param_count())
+    )
+    make_trainer().step(1.0, adapters, fill(Gradients(adapters)))
+    assert adapters["q"].a_matrix.all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LoraAdapter.zeros(0, 3, LoraConfig()), "d_in must be an integer in"),
+        (lambda: LoraAdapter.zeros(3, 2.5, LoraConfig()), "d_out must be an integer, got 2.5"),
+        (lambda: LoraAdapter.zeros(3, 3, None), "config must be a LoraConfig, got NoneType"),
+        (lambda: AdapterSet.zeros({}), "an AdapterSet must hold at least one adapter by name, got none"),
+        (lambda: AdapterSet.zeros({"": (2, 2, LoraConfig())}), "adapter names must be non-empty strings, got ''"),
+        (lambda: AdapterSet.zeros({3: (2, 2, LoraConfig())}), "adapter names must be non-empty strings, got 3"),
+        (lambda: AdapterSet.zeros({"a": (2, 0, LoraConfig())}), "d_out must be an integer in"),
+        (lambda: AdapterSet.zeros({"a": (2, 2, {})}), "config must be a LoraConfig, got dict"),
+    ],
+)
+def test_zeros_refuses_by_name(make, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_the_config_of_a_set_is_its_first_adapters() -> None:
+    first, second = LoraConfig(rank=2), LoraConfig(rank=5)
+    members = {"a": LoraAdapter(3, 3, first, seed=0), "b": LoraAdapter(3, 3, second, seed=0)}
+    assert AdapterSet.from_adapters(members).config is first
+    assert AdapterSet.from_adapters(dict(reversed(members.items()))).config is second
+    assert AdapterSet({"a": (3, 3)}, second, seed=0).config is second
+
+
+def test_a_new_set_has_an_origin_of_its_own() -> None:
+    sets = make_set(), AdapterSet.from_adapters(make_set()), AdapterSet.zeros({"a": (2, 2, LoraConfig())})
+    for adapters in sets:
+        assert adapters.origin == {}
+    sets[0].origin["revision"] = "main"
+    assert make_set().origin == sets[1].origin == {}
+
+
+@pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle"])
+def test_a_copied_set_keeps_its_origin(copied) -> None:
+    adapters = make_set()
+    adapters.origin = {"base_model_name_or_path": "some/model", "auto_mapping": {"a": [1]}}
+    twin = copied(adapters)
+    assert twin.origin == adapters.origin
+    twin.origin["auto_mapping"]["a"].append(2)
+    assert adapters.origin["auto_mapping"] == {"a": [1]}
+
+
+def test_a_shallow_copy_has_weights_of_its_own_and_the_same_config() -> None:
+    adapters = make_set()
+    adapters.origin = {"revision": "main"}
+    twin = copy.copy(adapters)
+    assert (twin.origin, twin.config) == (adapters.origin, adapters.config)
+    twin.flat.vector.fill(0)
+    assert adapters.flat.vector.all()
+
+
 # ---------------------------------------------------------------- Gradients
 
 

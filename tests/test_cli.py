@@ -24,12 +24,18 @@ import pytest
 from safetensors.numpy import load
 
 import cylora
-from cylora import LoraTrainingConfig, _cli_info, _cli_train, cli, optimizer
-from cylora.formats import durable
+from cylora import LoraTrainingConfig, _cli_info, _cli_run_folder, _cli_train, cli, optimizer
+from cylora.formats import durable, load_generation, load_peft
 from cylora.tasks.digits import DigitsTask
 from cylora.tasks.settings import FIELDS
 
-FILES = ["adapter.safetensors", "config.toml", "history.jsonl", "measures.jsonl", "picture.png"]
+WEIGHTS = "adapters/latest/adapter_model.safetensors"
+CHECKPOINTS = ["checkpoints", "checkpoints/checkpoint-*.safetensors"]
+ADAPTERS = [
+    "adapters", "adapters/adapter@*", "adapters/adapter@*/adapter_config.json",
+    "adapters/adapter@*/adapter_model.safetensors", "adapters/latest",
+]  # fmt: skip
+FILES = sorted([*ADAPTERS, *CHECKPOINTS, "config.toml", "history.jsonl", "measures.jsonl", "picture.png"])
 COMMAND = [sys.executable, "-c", "import sys; from cylora.cli import main; sys.exit(main())"]
 # Where the package under test is imported from, for the processes that tests start elsewhere.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(cylora.__file__).parent.parent), "OPENBLAS_NUM_THREADS": "1"}
@@ -84,7 +90,10 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
 
 
 def contents(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    """Return what is in a folder, once for all numbers and hashes in a name; links are not followed."""
+    paths = [Path(parent, name) for parent, dirs, files in os.walk(folder) for name in dirs + files]
+    shown = [str(path.relative_to(folder)) for path in paths if "__pycache__" not in path.parts]
+    return sorted({re.sub(r"(checkpoint-|adapter@)[^/]*?(?=/|\.safetensors$|$)", r"\1*", name) for name in shown})
 
 
 # ---------------------------------------------------------------------- the main job
@@ -107,7 +116,7 @@ def test_train_without_options_recovers_the_turned_digits(folder: Path) -> None:
     assert turned[1] >= upright[0] - 0.02
     assert re.search(r"^trained +4,688 of 30,810 parameters \(15.2 %\)$", done.stdout, re.M)
     assert re.search(r"^speed +[\d,]+ steps per second, [\d.]+ % of the time in cylora's step$", done.stdout, re.M)
-    assert f"written  runs/{made.name}: adapter.safetensors, history.jsonl, config.toml, measures" in done.stdout
+    assert f"written  runs/{made.name}: checkpoints, adapters, history.jsonl, measures.jsonl, picture" in done.stdout
     lines = done.stderr.splitlines()
     assert len(lines) == 20
     assert all(re.fullmatch(r"step \d+/1000, loss \S+, rate \S+, grad norm \S+", line) for line in lines)
@@ -121,22 +130,21 @@ def test_train_without_options_recovers_the_turned_digits(folder: Path) -> None:
 
     # The saved adapters are the ones that were measured.
     task = DigitsTask(LoraTrainingConfig.from_dict(DigitsTask.training_defaults).lora_config, 0)
-    for name, tensor in load((made / "adapter.safetensors").read_bytes()).items():
-        layer, field = name.split(".")
-        getattr(task.adapters[layer], field)[:] = tensor
+    for name, adapter in load_peft(made / "adapters" / "latest").items():
+        task.adapters[name].flat.vector[:] = adapter.flat.vector
     assert task.evaluate()["turned accuracy"] == pytest.approx(measures[-1]["turned accuracy"])
 
 
 def test_written_config_repeats_the_run_to_the_bit(run: Callable[..., SimpleNamespace], folder: Path) -> None:
     assert run("train", "--output", "one", "--max-steps", 20, "--rank", 3, "--dropout", 0.1, "--seed", 4).code == 0
     assert run("train", "--output", "two", "--config", "one/config.toml", "--decay-steps", "none").code == 0
-    for name in ("adapter.safetensors", "history.jsonl", "config.toml", "measures.jsonl"):
+    for name in (WEIGHTS, "history.jsonl", "config.toml", "measures.jsonl"):
         assert (folder / "one" / name).read_bytes() == (folder / "two" / name).read_bytes(), name
     document = tomllib.loads((folder / "one" / "config.toml").read_text())
     assert sorted((table, key) for table in document for key in document[table]) == sorted(
         (field.table, field.name) for field in FIELDS
     )
-    assert document["run"] == {"task": "digits", "seed": 4, "eval_every": 1}
+    assert document["run"] == {"task": "digits", "seed": 4, "eval_every": 1, "save_every": 2}
     assert document["training"]["max_steps"] == 20
     assert document["lora"]["rank"] == 3
 
@@ -145,6 +153,7 @@ OPTIONS = {
     "task": ("mine:Task", "mine:Task"),
     "seed": ("7", 7),
     "eval_every": ("3", 3),
+    "save_every": ("4", 4),
     "learning_rate": ("0.5", 0.5),
     "weight_decay": ("0.25", 0.25),
     "max_grad_norm": ("inf", float("inf")),
@@ -231,7 +240,7 @@ def test_quiet_prints_the_folder_and_nothing_else(
 def test_folders_of_one_second_are_told_apart(
     run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_cli_train.time, "strftime", lambda form: "20260101-120000")
+    monkeypatch.setattr(_cli_run_folder.time, "strftime", lambda form: "20260101-120000")
     outs = [run("train", "--task", "mine:Task", "--max-steps", 1, "--quiet").out for _ in range(3)]
     assert outs == [f"runs/mine-Task-20260101-120000{number}\n" for number in ("", "-2", "-3")]
 
@@ -292,7 +301,7 @@ WRONG = [
     (["train", "--task", "mine:list"], "task 'mine:list': module 'mine' has no 'list'"),
     (["train", "--config", "nope.toml"], "--config nope.toml cannot be read: No such file or directory"),
     (["train", "--config", "full"], "--config full cannot be read: Is a directory"),
-    (["train", "--config", "a\0b"], "--config a\0b cannot be read: embedded null byte"),
+    (["train", "--config", "a\0b"], "--config a\\x00b cannot be read: embedded null byte"),
     (["train", "--config", "mine.py"], "mine.py must be a TOML file: "),
     (["train", "--config", "table.toml"], "table.toml: unknown key 'optimizer'; the tables are run, training, lora"),
     (["train", "--config", "key.toml"], "key.toml: unknown key 'rnk' in [lora]; its keys are rank, alpha,"),
@@ -301,7 +310,7 @@ WRONG = [
     (["train", "--output", "mine.py"], "--output mine.py must be a new or empty folder, got a file"),
     (["train", "--output", "mine.py/x"], "--output mine.py/x cannot be used: Not a directory"),
     (["train", "--output", "broken"], "--output broken must be a new or empty folder, got a broken link"),
-    (["train", "--output", "a\0b"], "--output a\0b cannot be used: "),
+    (["train", "--output", "a\0b"], "--output a\\x00b cannot be used: "),
     (["train", "--output", "x" * 300], "cannot be used: File name too long"),
 ]
 
@@ -383,7 +392,7 @@ def test_folder_that_is_not_writable_is_refused(
     run: Callable[..., SimpleNamespace], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "out").mkdir()
-    monkeypatch.setattr(_cli_train.os, "access", lambda path, mode: False)  # root may write anywhere
+    monkeypatch.setattr(_cli_run_folder.os, "access", lambda path, mode: False)  # root may write anywhere
     done = run("train", "--output", "out")
     assert done.code == 2
     assert done.err == "cylora: error: --output out must be writable, got a folder that is not\n"
@@ -472,7 +481,7 @@ def test_file_that_cannot_be_written_does_not_keep_the_others_from_it(
     done = run("train", "--task", "mine:Task", "--output", "out", "--max-steps", 2, "--log-every", 0)
     assert done.code == 1
     assert done.err == "cylora: error: out/history.jsonl was not written: No space left on device\n"
-    assert contents(folder / "out") == ["adapter.safetensors", "config.toml", "picture.png"]
+    assert contents(folder / "out") == sorted([*ADAPTERS, *CHECKPOINTS, "config.toml", "picture.png"])
 
 
 def test_weights_that_are_not_finite_are_not_saved(
@@ -481,8 +490,9 @@ def test_weights_that_are_not_finite_are_not_saved(
     task(FAILS_AT_3.format("self.adapters.flat.vector[0] = np.inf; raise ValueError"))
     done = run("train", "--task", "mine:Task", "--output", "out", "--max-steps", 8)
     assert done.code == 1
-    assert "adapter.safetensors" not in contents(folder / "out")
-    assert "history.jsonl" in contents(folder / "out")
+    left = ["adapters", *CHECKPOINTS, "config.toml", "history.jsonl", "measures.jsonl", "picture.png"]
+    assert contents(folder / "out") == left
+    assert load_generation(folder / "out" / "checkpoints").trainer.total_steps() == 3  # from before it went wrong
 
 
 def test_full_disk_under_stdout_is_one_line(
@@ -540,7 +550,7 @@ def test_ctrl_c_that_aborts_is_one_line_and_130(
         signal.signal(signal.SIGINT, before)
     assert (done.code, done.out) == (130, "")
     assert done.err.endswith("cylora: error: interrupted\n")
-    assert not (folder / "out" / "adapter.safetensors").exists()
+    assert not (folder / "out").exists() or contents(folder / "out") == ["adapters", *CHECKPOINTS, "config.toml"]
 
 
 def test_ctrl_c_that_is_ignored_stays_ignored(
@@ -588,7 +598,7 @@ def test_sigint_to_a_real_process_saves_what_was_learned(folder: Path, task: Cal
     assert contents(folder / "out") == FILES
     steps = len((folder / "out" / "history.jsonl").read_text().splitlines())
     assert 50 <= steps < 1_000_000
-    assert len(load((folder / "out" / "adapter.safetensors").read_bytes())) == 6
+    assert len(load((folder / "out" / WEIGHTS).read_bytes())) == 6
 
 
 # ---------------------------------------------------------------------- terminals and pipes
@@ -648,7 +658,7 @@ def test_reader_that_has_gone_is_no_traceback(folder: Path, arguments: list[str]
     assert b"Error" not in errors
     assert b"Traceback" not in errors
     if "20" in arguments:
-        assert any(name.endswith("adapter.safetensors") for name in contents(folder))
+        assert any(name.endswith("adapter_model.safetensors") for name in contents(folder))
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
@@ -754,7 +764,7 @@ def test_info_and_runs_go_by_the_environments_threads(
     assert run(*train, "--output", "one", "--threads", 1).code == 0
     assert tomllib.loads((folder / "three" / "config.toml").read_text())["training"]["threads"] == "none"
     assert tomllib.loads((folder / "one" / "config.toml").read_text())["training"]["threads"] == 1
-    for name in ("adapter.safetensors", "history.jsonl"):
+    for name in (WEIGHTS, "history.jsonl"):
         assert (folder / "one" / name).read_bytes() == (folder / "three" / name).read_bytes()
 
 
@@ -765,7 +775,7 @@ def test_digits_are_learned_with_compact_state_too(
     """And its bits do not depend on the threads, nor on who wrote the option down: the command line or a file."""
     assert run("train", "--state-dtype", state_dtype, "--threads", 1, "--output", "one").code == 0
     assert run("train", "--config", "one/config.toml", "--threads", 2, "--output", "two").code == 0
-    for name in ("adapter.safetensors", "history.jsonl", "measures.jsonl"):
+    for name in (WEIGHTS, "history.jsonl", "measures.jsonl"):
         assert (folder / "one" / name).read_bytes() == (folder / "two" / name).read_bytes()
     assert tomllib.loads((folder / "two" / "config.toml").read_text())["training"]["state_dtype"] == state_dtype
     measures = [json.loads(line) for line in (folder / "one" / "measures.jsonl").read_text().splitlines()]
@@ -802,7 +812,7 @@ def test_interrupt_inside_the_task_saves_what_was_learned(run: Any, task: Callab
     done = run("train", "--task", "mine:Task", "--output", "out", "--max-steps", 8)
     assert done.code == 130
     assert "3 steps of 8, stopped early" in done.out
-    assert (folder / "out" / "adapter.safetensors").exists()
+    assert (folder / "out" / WEIGHTS).exists()
 
 
 def test_interrupt_before_the_first_step_leaves_nothing(run: Any, task: Callable[[str], None], folder: Path) -> None:

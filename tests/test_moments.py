@@ -164,19 +164,6 @@ def test_buffers_are_the_live_bytes(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
-def test_copies_have_the_same_bits_and_memory_of_their_own(dtype: str, size: int) -> None:
-    moments = filled(dtype, size)
-    twin = moments.copy()
-    assert (twin.dtype, twin.size) == (dtype, size)
-    for mine, theirs in zip(arrays(twin), arrays(moments), strict=True):
-        assert same_bits(mine, theirs)
-        assert not np.shares_memory(mine, theirs)
-        mine[...] = 0
-    assert_same(moments, filled(dtype, size))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES)
 def test_dict_and_back_keeps_every_bit_and_shares_nothing(dtype: str, size: int) -> None:
     moments = filled(dtype, size)
     state = moments.to_dict()

@@ -30,9 +30,18 @@ def test_readme_example_runs_without_a_word_on_stderr(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_readme_example_is_the_only_python(tmp_path):
+def test_readme_files_example_writes_what_it_says(tmp_path):
+    example = blocks("python")["files"]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-"], input=example, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my-adapter", "run.safetensors"]
+
+
+def test_readme_has_no_other_python():
     """Another block of Python would be one that nothing runs."""
-    assert list(blocks("python")) == ["example"]
+    assert list(blocks("python")) == ["example", "files"]
 
 
 def test_readme_example_fits_the_first_screen():

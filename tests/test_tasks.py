@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cylora import AdapterSet, Gradients, LoraConfig, LoraTrainingConfig, TrainingStep
+from cylora import AdapterSet, Gradients, LoraConfig, LoraTrainer, LoraTrainingConfig, TrainingStep
 from cylora.errors import ConfigError, FormatError, InputError, TaskError
 from cylora.tasks import picture, protocol
 from cylora.tasks.digits import DigitsTask
@@ -122,7 +122,7 @@ def test_example_in_the_protocol_is_a_task(user_module: Callable[[str], None]) -
     example = [line[4:] for line in lines if line.startswith("    ") or not line]
     user_module("\n".join(example))
     task = CheckedTask("nudge", load_factory("users_task:Nudge"), LoraConfig(), 0)
-    run = TrainingRun(task, LoraTrainingConfig(learning_rate=0.01, max_steps=400, warmup_steps=10))
+    run = TrainingRun(task, LoraTrainer(LoraTrainingConfig(learning_rate=0.01, max_steps=400, warmup_steps=10)))
     losses = [record.loss for record in run.steps()]
     assert losses[-1] < 0.01 * losses[0]
 
@@ -238,7 +238,7 @@ def test_factory_may_refuse_its_config() -> None:
 def test_every_field_of_the_configs_is_a_setting() -> None:
     defaults = LoraTrainingConfig().to_dict()
     lora = defaults.pop("lora_config")
-    assert TABLES["run"] == ["task", "seed", "eval_every"]
+    assert TABLES["run"] == ["task", "seed", "eval_every", "save_every"]
     assert TABLES["training"] == list(defaults)
     assert TABLES["lora"] == list(lora)
     kinds = {field.name: (field.kind, field.optional) for field in FIELDS}
@@ -258,7 +258,7 @@ def test_later_layers_go_before_earlier_ones() -> None:
         ]
     )
     config = LoraTrainingConfig(max_steps=3, beta1=0.2, eps=1e-6, lora_config=LoraConfig(rank=1))
-    assert settings == RunSettings(task="t", seed=2, eval_every=1, config=config)
+    assert settings == RunSettings(task="t", seed=2, eval_every=1, save_every=1, config=config)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_settings_survive_the_file(tmp_path: Path) -> None:
     config = LoraTrainingConfig(
         max_grad_norm=float("inf"), decay_steps=None, history_limit=7, eps=1e-9, lora_config=LoraConfig(rank=3)
     )
-    settings = RunSettings(task="digits", seed=5, eval_every=0, config=config)
+    settings = RunSettings(task="digits", seed=5, eval_every=0, save_every=7, config=config)
     (tmp_path / "config.toml").write_text(tomli_w.dumps(settings.to_tables()))
     defaults = task_tables("digits", DigitsTask.training_defaults)
     assert resolve([("", defaults), ("", read_tables(tmp_path / "config.toml"))]) == settings
@@ -316,7 +316,7 @@ def test_settings_survive_the_file(tmp_path: Path) -> None:
         ("lora = 1", ConfigError, "config.toml: lora must be a table, got 1"),
         ("[lora]\nr = 8", ConfigError, r"config.toml: unknown key 'r' in \[lora\]; its keys are rank, alpha, dropout,"),
         ("[training]\nlora_config = {}", ConfigError, r"config.toml: unknown key 'lora_config' in \[training\]"),
-        ("[run]\noutput = 'x'", ConfigError, r"unknown key 'output' in \[run\]; its keys are task, seed, eval_every"),
+        ("[run]\noutput = 'x'", ConfigError, r"unknown key 'output' in \[run\]; its keys are task, seed, eval_every, "),
     ],
 )
 def test_wrong_file_is_refused(tmp_path: Path, text: str, error: type[Exception], message: str) -> None:
@@ -359,7 +359,7 @@ def test_run_trains_evaluates_and_keeps_the_time() -> None:
     task = checked(evaluate=lambda: {"size": float(np.abs(task.adapters.flat.vector).sum())})
     seen: list[TrainingStep] = []
     config = LoraTrainingConfig(max_steps=10, log_every=4, learning_rate=0.01, warmup_steps=1)
-    run = TrainingRun(task, config, eval_every=3, on_step=seen.append)
+    run = TrainingRun(task, LoraTrainer(config, on_step=seen.append), eval_every=3)
     run.evaluate()
     records = list(run.steps())
     run.evaluate()
@@ -373,7 +373,7 @@ def test_run_trains_evaluates_and_keeps_the_time() -> None:
 
 
 def test_run_without_evaluation_measures_nothing() -> None:
-    run = TrainingRun(checked(), LoraTrainingConfig(max_steps=3), eval_every=1)
+    run = TrainingRun(checked(), LoraTrainer(LoraTrainingConfig(max_steps=3)), eval_every=1)
     assert len(list(run.steps())) == 3
     assert run.measures == []
 
@@ -383,7 +383,7 @@ def test_refused_gradients_end_the_run_with_the_steps_before_kept() -> None:
         gradients.vector[:] = np.nan if step == 2 else 1
         return 1.0
 
-    run = TrainingRun(checked(loss_and_gradients=loss_and_gradients), LoraTrainingConfig(max_steps=9))
+    run = TrainingRun(checked(loss_and_gradients=loss_and_gradients), LoraTrainer(LoraTrainingConfig(max_steps=9)))
     message = "task 'my:task' cannot be trained on from step 2: gradient of linear.A must be finite, got nan"
     with pytest.raises(RunFailure, match=message) as caught:
         list(run.steps())
@@ -397,7 +397,8 @@ def test_skipped_steps_do_not_keep_a_run_from_ending() -> None:
         gradients.vector[:] = np.nan
         return float("nan")
 
-    run = TrainingRun(checked(loss_and_gradients=loss_and_gradients), LoraTrainingConfig(max_steps=5, nonfinite="skip"))
+    trainer = LoraTrainer(LoraTrainingConfig(max_steps=5, nonfinite="skip"))
+    run = TrainingRun(checked(loss_and_gradients=loss_and_gradients), trainer)
     assert [record.skipped for record in run.steps()] == [True] * 5
 
 
@@ -502,7 +503,7 @@ def finished_run(
     members: dict[str, Any] = {"loss_and_gradients": loss_and_gradients}
     if measured:
         members["evaluate"] = lambda: {"_share of $": 0.5, "准确率": 0.25}
-    run = TrainingRun(checked(**members), LoraTrainingConfig(max_steps=steps, **options), eval_every=2)
+    run = TrainingRun(checked(**members), LoraTrainer(LoraTrainingConfig(max_steps=steps, **options)), eval_every=2)
     run.evaluate()
     list(run.steps())
     return run

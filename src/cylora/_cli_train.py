@@ -5,27 +5,30 @@ import importlib
 import io
 import json
 import os
-import re
 import signal
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from cylora import __version__
+from cylora import LoraTrainer, __version__
+from cylora._cli_run_folder import CONFIG, RunFolder, reason
 from cylora.config import thread_count
 from cylora.errors import CyloraError, FormatError, InputError
-from cylora.formats.adapter_file import save_adapters
-from cylora.formats.durable import replace_file
+from cylora.formats.durable import publish_directory, replace_file
+from cylora.formats.generations import list_generations, load_generation, save_generation
+from cylora.formats.inspection import ADAPTERS, CHECKPOINTS
+from cylora.formats.peft import peft_files
 from cylora.tasks.picture import draw
 from cylora.tasks.progress import Progress
-from cylora.tasks.protocol import CheckedTask, RunFailure, TaskFactory, load_factory, training_defaults
+from cylora.tasks.protocol import CheckedTask, TaskFactory, load_factory, training_defaults
 from cylora.tasks.run import TrainingRun
 from cylora.tasks.settings import RunSettings, Tables, read_tables, resolve, task_tables
 
-__all__ = ["train"]
+__all__ = ["resume", "train"]
+
+# What may differ when a run goes on: the rest decides its bits.
+RESUMABLE = {"run": ("save_every",), "training": ("max_steps", "log_every", "threads")}
 
 
 def train(options: Tables, config_file: Path | None, output: Path | None, *, quiet: bool) -> int:
@@ -40,36 +43,145 @@ def train(options: Tables, config_file: Path | None, output: Path | None, *, qui
     """
     _import_extras()
     settings, factory = _settle(options, config_file)
-    thread_count(settings.config.threads)  # a wrong environment is the user's to mend, and no failure of the task
-    folder = _RunFolder(output, settings.task)
+    folder = RunFolder.new(output, settings.task)
     task = CheckedTask(settings.task, factory, settings.config.lora_config, settings.seed)
     folder.create()
-    failure: CyloraError | None = None
-    silent = quiet or sys.stderr is None  # closed by the caller, as in 2>&-
-    with _Interrupt() as interrupt:
-        with Progress(sys.stderr, settings.task, settings.config.max_steps, quiet=silent) as progress:
-            run = TrainingRun(task, settings.config, eval_every=settings.eval_every, on_step=progress.log)
+    with folder.held():
+        try:
+            replace_file(folder.path / CONFIG, _config_text(settings))
+        except OSError as error:
+            folder.discard()
+            raise InputError(f"--output {folder.path} cannot be used: {reason(error)}") from error
+        return _Session(settings, task, folder, quiet=quiet).train(None)
+
+
+def resume(options: Tables, path: Path, *, fallback: bool, quiet: bool) -> int:
+    """Go on with the run in the folder ``path`` where its last checkpoint is, to the bits of an uninterrupted run.
+
+    Parameters
+    ----------
+    options : fields given on the command line; only some may be.
+    fallback : take the checkpoint before the last where the last is damaged.
+    quiet : print only the folder.
+    """
+    _import_extras()
+    for table, values in options.items():
+        for name in values:
+            if name not in RESUMABLE.get(table, ()):
+                allowed = ", ".join(f"--{n.replace('_', '-')}" for names in RESUMABLE.values() for n in names)
+                got = f"--{name.replace('_', '-')}"
+                raise InputError(f"a run goes on with its own settings: only {allowed} may be given, got {got}")
+    folder = RunFolder.existing(path)
+    settings, factory = _settle(options, path / CONFIG)
+    task = CheckedTask(settings.task, factory, settings.config.lora_config, settings.seed)
+    folder.create()
+    with folder.held():
+        replace_file(path / CONFIG, _config_text(settings))
+        return _Session(settings, task, folder, quiet=quiet).train(fallback)
+
+
+class _Session:
+    """One call of the command: a run from its beginning or its last checkpoint to its end or Ctrl-C."""
+
+    def __init__(self, settings: RunSettings, task: CheckedTask, folder: RunFolder, *, quiet: bool) -> None:
+        self._settings, self._task, self._folder, self._quiet = settings, task, folder, quiet
+
+    def train(self, fallback: bool | None) -> int:
+        """Train, save and sum up; ``fallback`` is None for a run that begins."""
+        wanted = self._settings.config.max_steps
+        failure: CyloraError | None = None
+        silent = self._quiet or sys.stderr is None  # closed by the caller, as in 2>&-
+        with _Interrupt() as interrupt:
+            with Progress(sys.stderr, self._settings.task, wanted, quiet=silent) as progress:
+                run = self._begin(progress, fallback)
+                progress.skip(run.steps_done)
+                try:
+                    if not run.steps_done:
+                        run.evaluate()
+                    for record in run.steps():
+                        progress.show(record)
+                        if self._is_due(run):
+                            self._save_checkpoint(run, progress)
+                        if interrupt.requested:
+                            break
+                except CyloraError as error:
+                    failure = error
+                except KeyboardInterrupt:  # a second Ctrl-C, or a first one where the task has its own handler
+                    if interrupt.requested:
+                        self._folder.discard()
+                        raise
+            is_complete = failure is None and run.steps_done >= wanted
+            if run.steps_done or is_complete:
+                failure = self._save(run, failure)
+                print(self._folder.path if self._quiet else _summary(run, self._settings, self._folder))
+            else:
+                self._folder.discard()
+        if failure is not None:
+            raise failure
+        return 0 if is_complete else 130
+
+    def _begin(self, progress: Progress, fallback: bool | None) -> TrainingRun:
+        config, checkpoints = self._settings.config, self._folder.path / CHECKPOINTS
+        if fallback is None or not list_generations(checkpoints):
+            return TrainingRun(self._task, LoraTrainer(config, on_step=progress.log), self._settings.eval_every)
+        saved = load_generation(checkpoints, fallback=fallback, on_step=progress.log, **config.to_dict())
+        for number, path in list_generations(checkpoints):
+            if number > saved.generation:  # passed over: it must not count as one of the two that are kept
+                path.rename(path.with_suffix(".damaged"))
+        if saved.adapters.flat.layout != self._task.adapters.flat.layout:
+            got = f"{saved.adapters!r} for {self._task.adapters!r}"
+            raise FormatError(f"{checkpoints}: the adapters must be those of task {self._settings.task!r}, got {got}")
+        self._task.adapters.flat.vector[...] = saved.adapters.flat.vector
+        run = TrainingRun(self._task, saved.trainer, self._settings.eval_every)
+        run.restore(saved.extra)
+        return run
+
+    def _is_due(self, run: TrainingRun) -> bool:
+        every = self._settings.save_every
+        return bool(every) and run.steps_done % every == 0 and not run.trainer.is_complete()
+
+    def _save_checkpoint(self, run: TrainingRun, progress: Progress) -> None:
+        """Write a checkpoint; where that fails, the training is worth more than it."""
+        problem = self._write_checkpoint(run)
+        if problem is not None:
+            progress.warn(f"{problem}; the training goes on")
+
+    def _write_checkpoint(self, run: TrainingRun) -> CyloraError | None:
+        return self._folder.write(
+            CHECKPOINTS, lambda path: save_generation(path, run.trainer, self._task.adapters, extra=run.progress())
+        )
+
+    def _save(self, run: TrainingRun, failure: CyloraError | None) -> CyloraError | None:
+        """Write everything, the weights before any more of the task's code runs; return the first failure."""
+        folder, settings, history = self._folder, self._settings, io.StringIO()
+        run.history.write_jsonl(history)
+        problems: list[CyloraError | None] = [
+            failure,
+            self._write_checkpoint(run),
+            folder.write(ADAPTERS, lambda path: self._publish(run, path)),
+            folder.write("history.jsonl", lambda path: replace_file(path, history.getvalue().encode())),
+        ]
+        if failure is None:
             try:
                 run.evaluate()
-                for record in run.steps():
-                    progress.show(record)
-                    if interrupt.requested:
-                        break
             except CyloraError as error:
-                failure = error
-            except KeyboardInterrupt:  # a second Ctrl-C, or a first one where the task has its own handler
-                if interrupt.requested:
-                    folder.discard()
-                    raise
-        is_complete = failure is None and run.steps_done >= settings.config.max_steps
-        if run.steps_done or is_complete:
-            failure = _save(folder, run, settings, failure)
-            print(folder.path if quiet else _summary(run, settings, folder))
-        else:
-            folder.discard()
-    if failure is not None:
-        raise failure
-    return 0 if is_complete else 130
+                problems.append(error)
+        if run.measures:
+            lines = "".join(json.dumps({"step": step, **measures}) + "\n" for step, measures in run.measures)
+            problems.append(folder.write("measures.jsonl", lambda path: replace_file(path, lines.encode())))
+        picture = draw(run, f"{settings.task}, seed {settings.seed}", settings.config.max_grad_norm)
+        problems.append(folder.write("picture.png", lambda path: replace_file(path, picture)))
+        return next((problem for problem in problems if problem is not None), None)
+
+    def _publish(self, run: TrainingRun, path: Path) -> None:
+        files = peft_files(self._task.adapters, step=run.steps_done)
+        publish_directory(path, "adapter", run.steps_done, files, keep=2)
+
+
+def _config_text(settings: RunSettings) -> bytes:
+    header = f"# cylora {__version__}. Once more: cylora train --config config.toml\n\n"
+    text: str = importlib.import_module("tomli_w").dumps(settings.to_tables())
+    return (header + text).encode()
 
 
 def _import_extras() -> None:
@@ -90,13 +202,15 @@ def _settle(options: Tables, config_file: Path | None) -> tuple[RunSettings, Tas
         except (OSError, ValueError) as error:
             if isinstance(error, CyloraError):
                 raise
-            raise FormatError(f"--config {config_file} cannot be read: {_reason(error)}") from error
+            raise FormatError(f"--config {config_file} cannot be read: {reason(error)}") from error
     task = resolve(layers).task
     if ":" in task and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a console script, unlike python -m, does not look in the user's folder
     factory = load_factory(task)
     defaults = (f"task {task!r}: training_defaults: ", task_tables(task, training_defaults(task, factory)))
-    return resolve([defaults, *layers]), factory
+    settings = resolve([defaults, *layers])
+    thread_count(settings.config.threads)  # a wrong environment is the user's to mend, and no failure of the task
+    return settings, factory
 
 
 class _Interrupt:
@@ -130,95 +244,7 @@ class _Interrupt:
                 os.write(2, b"\nstopping after this step and saving; Ctrl-C again aborts\n")
 
 
-class _RunFolder:
-    """The folder a run writes to: checked at once, made when training is about to begin."""
-
-    def __init__(self, output: Path | None, task: str) -> None:
-        self.files: list[str] = []
-        self._made: list[Path] = []
-        if output is None:
-            started = time.strftime("%Y%m%d-%H%M%S")
-            output = _unused(Path("runs") / f"{re.sub(r'[^A-Za-z0-9_.]+', '-', task)}-{started}")
-        self.path = output
-        with self._refusal():
-            if output.is_symlink() and not output.exists():
-                raise InputError(f"--output {output} must be a new or empty folder, got a broken link")
-            if output.exists() and not output.is_dir():
-                raise InputError(f"--output {output} must be a new or empty folder, got a file")
-            if output.exists() and any(output.iterdir()):
-                raise InputError(f"--output {output} must be a new or empty folder, got one with files in it")
-
-    def create(self) -> None:
-        """Make the folder and the missing ones above it."""
-        with self._refusal():
-            for folder in reversed([self.path, *self.path.parents]):
-                if not folder.exists():
-                    folder.mkdir()
-                    self._made.append(folder)
-            if not os.access(self.path, os.W_OK | os.X_OK):
-                raise InputError(f"--output {self.path} must be writable, got a folder that is not")
-
-    def discard(self) -> None:
-        """Remove what `create` made; nothing has been written."""
-        with contextlib.suppress(OSError):
-            for folder in reversed(self._made):
-                folder.rmdir()
-
-    def write(self, name: str, write: Callable[[Path], None]) -> RunFailure | None:
-        """Write one file; return, not raise, what went wrong, so that the others are still written."""
-        try:
-            write(self.path / name)
-        except (OSError, InputError) as error:
-            return RunFailure(f"{self.path / name} was not written: {_reason(error)}")
-        self.files.append(name)
-        return None
-
-    @contextlib.contextmanager
-    def _refusal(self) -> Any:
-        try:
-            yield
-        except InputError:
-            raise
-        except (OSError, ValueError) as error:
-            raise InputError(f"--output {self.path} cannot be used: {_reason(error)}") from error
-
-
-def _unused(path: Path) -> Path:
-    """Return ``path``, with a number behind it if another run of this second has taken it."""
-    number, candidate = 1, path
-    while os.path.lexists(candidate):
-        number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate
-
-
-def _save(
-    folder: _RunFolder, run: TrainingRun, settings: RunSettings, failure: CyloraError | None
-) -> CyloraError | None:
-    """Write everything, the weights before any more of the task's code runs; return the first failure."""
-    history, config = io.StringIO(), importlib.import_module("tomli_w").dumps(settings.to_tables())
-    run.history.write_jsonl(history)
-    header = f"# cylora {__version__}. Once more: cylora train --config config.toml\n\n"
-    problems: list[CyloraError | None] = [
-        failure,
-        folder.write("adapter.safetensors", lambda path: save_adapters(path, run.task.adapters, step=run.steps_done)),
-        folder.write("history.jsonl", lambda path: replace_file(path, history.getvalue().encode())),
-        folder.write("config.toml", lambda path: replace_file(path, (header + config).encode())),
-    ]
-    if failure is None:
-        try:
-            run.evaluate()
-        except CyloraError as error:
-            problems.append(error)
-    if run.measures:
-        lines = "".join(json.dumps({"step": step, **measures}) + "\n" for step, measures in run.measures)
-        problems.append(folder.write("measures.jsonl", lambda path: replace_file(path, lines.encode())))
-    picture = draw(run, f"{settings.task}, seed {settings.seed}", settings.config.max_grad_norm)
-    problems.append(folder.write("picture.png", lambda path: replace_file(path, picture)))
-    return next((problem for problem in problems if problem is not None), None)
-
-
-def _summary(run: TrainingRun, settings: RunSettings, folder: _RunFolder) -> str:
+def _summary(run: TrainingRun, settings: RunSettings, folder: RunFolder) -> str:
     """Sum a run up for a person."""
     done, wanted = run.steps_done, settings.config.max_steps
     stopped = "" if done >= wanted else f" of {wanted:,}, stopped early"
@@ -242,8 +268,3 @@ def _summary(run: TrainingRun, settings: RunSettings, folder: _RunFolder) -> str
 
 def _number(value: float) -> str:
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.4g}"
-
-
-def _reason(error: Exception) -> str:
-    """Return what the system says, without number and path, which the message names already."""
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -65,14 +65,20 @@ class Accumulation:
             return accumulation
         keys = ("count", "loss", "weight", "gradient")
         count, loss, weight, gradient = checks.items("accumulated", state, keys, StateError)
+        shape = (getattr(gradient, "size", 0) if size is None else size,)
+        gradient = checks.array("accumulated gradient", gradient, "float32", shape, StateError)
+        accumulation.buffer(shape[0])[...] = gradient
+        accumulation.resume(count, loss, weight)
+        return accumulation
+
+    def resume(self, count: int, loss: float, weight: float) -> None:
+        """Count what is in the buffer as ``count`` pending micro-batches with these sums, or raise StateError."""
         count = checks.integer("accumulated count", count, 1, error=StateError)
         loss = checks.real("accumulated loss", loss, error=StateError)
         weight = checks.real(
             "accumulated weight", weight, "finite and >= 1e-30", checks.finite_at_least(MIN_WEIGHT), StateError
         )
-        shape = (getattr(gradient, "size", 0) if size is None else size,)
-        gradient = checks.array("accumulated gradient", gradient, "float32", shape, StateError, finite=True)
-        accumulation.buffer(shape[0])[...] = gradient
-        accumulation._sums[:] = loss, weight
-        accumulation._count[0] = count
-        return accumulation
+        gradient: Any = self._buffer
+        checks.array("accumulated gradient", gradient, "float32", gradient.shape, StateError, finite=True)
+        self._sums[:] = loss, weight
+        self._count[0] = count

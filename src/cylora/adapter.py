@@ -106,6 +106,12 @@ class LoraAdapter:
         self.flat["B"][...] = _same_shape("b_matrix", values, self.flat["B"].shape)
 
     @classmethod
+    def zeros(cls, d_in: int, d_out: int, config: LoraConfig) -> Self:
+        """Return an adapter whose A and B are both zero, to be filled: as it is, neither would ever learn."""
+        layout = _pair_layout(d_in, d_out, config)
+        return cls._over(layout[0][1][1], layout[1][1][0], config, FlatBuffer(layout, phase=1))
+
+    @classmethod
     def _over(cls, d_in: int, d_out: int, config: LoraConfig, flat: FlatBuffer) -> Self:
         """Return an adapter whose parameters are ``flat``, as they are."""
         adapter = cls.__new__(cls)
@@ -274,11 +280,11 @@ class AdapterSet(Mapping[str, LoraAdapter]):
     ----------
     flat : FlatBuffer
         "<name>.A", "<name>.B" for each name.
+    origin : dict
+        What a file these adapters came from said besides (the base model's name, say), for those who write files.
     """
 
-    def __init__(
-        self, shapes: Mapping[str, tuple[int, int]], config: LoraConfig | None = None, *, seed: int
-    ) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], config: LoraConfig | None = None, *, seed: int) -> None:
         seed = checks.integer("seed", seed, 0)
         if not isinstance(shapes, Mapping):
             raise ConfigError(f"shapes must be a mapping of name to (d_in, d_out), got {type(shapes).__name__}")
@@ -290,37 +296,55 @@ class AdapterSet(Mapping[str, LoraAdapter]):
                 raise ConfigError(f"shapes[{name!r}] must be (d_in, d_out), got {shape!r}") from None
             generator = np.random.default_rng([seed, zlib.crc32(str(name).encode(errors="surrogatepass"))])
             drawn[name] = LoraAdapter(d_in, d_out, config, seed=generator)
-        self._adopt(drawn)
+        self._copy(drawn)
 
     @classmethod
     def from_adapters(cls, adapters: Mapping[str, LoraAdapter]) -> Self:
         """Return a set that holds copies of ``adapters``; ranks and scales may differ."""
         new = cls.__new__(cls)
-        new._adopt(adapters)
+        new._copy(adapters)
         return new
 
-    def _adopt(self, adapters: Mapping[str, LoraAdapter]) -> None:
+    @classmethod
+    def zeros(cls, members: Mapping[str, tuple[int, int, LoraConfig]]) -> Self:
+        """Return a set whose A and B are all zero, to be filled: of such adapters neither would ever learn.
+
+        ``members`` maps each name to (d_in, d_out, config).
+        """
+        new = cls.__new__(cls)
+        new._allocate(members)
+        return new
+
+    def _copy(self, adapters: Mapping[str, LoraAdapter]) -> None:
         if not isinstance(adapters, Mapping) or not adapters:
             got = "none" if isinstance(adapters, Mapping) else type(adapters).__name__
             raise ConfigError(f"an AdapterSet must hold at least one adapter by name, got {got}")
         for name, one in adapters.items():
-            if not isinstance(name, str) or not name:
-                raise ConfigError(f"adapter names must be non-empty strings, got {name!r}")
             if not isinstance(one, LoraAdapter):
                 raise ConfigError(f"adapters[{name!r}] must be a LoraAdapter, got {type(one).__name__}")
-        layout = [(f"{name}.{part}", shape) for name, one in adapters.items() for part, shape in one.flat.layout]
-        self.flat = FlatBuffer(layout, phase=1)
+        self._allocate({name: (one.d_in, one.d_out, one.config) for name, one in adapters.items()})
+        for name, one in adapters.items():
+            self[name].flat.vector[...] = one.flat.vector
+
+    def _allocate(self, members: Mapping[str, tuple[int, int, LoraConfig]]) -> None:
+        if not members:
+            raise ConfigError("an AdapterSet must hold at least one adapter by name, got none")
+        for name in members:
+            if not isinstance(name, str) or not name:
+                raise ConfigError(f"adapter names must be non-empty strings, got {name!r}")
+        pairs = {name: _pair_layout(*member) for name, member in members.items()}
+        self.flat = FlatBuffer([(f"{n}.{part}", shape) for n, pair in pairs.items() for part, shape in pair], phase=1)
+        self.origin: dict[str, Any] = {}
         self._members: dict[str, LoraAdapter] = {}
         start = 0
-        for name, one in adapters.items():
-            part = self.flat.part(start, one.flat.layout)
-            part.vector[...] = one.flat.vector
-            self._members[name] = LoraAdapter._over(one.d_in, one.d_out, one.config, part)
-            start += one.param_count()
+        for name, (d_in, d_out, config) in members.items():
+            part = self.flat.part(start, pairs[name])
+            self._members[name] = LoraAdapter._over(int(d_in), int(d_out), config, part)
+            start += part.vector.size
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle with one flat vector again."""
-        return type(self).from_adapters, (self._members,)
+        return _restored_set, (type(self), self._members, self.origin)
 
     def __getitem__(self, name: str) -> LoraAdapter:
         return self._members[name]
@@ -334,6 +358,11 @@ class AdapterSet(Mapping[str, LoraAdapter]):
     def __repr__(self) -> str:
         return f"AdapterSet({len(self)} adapters, {self.param_count()} parameters)"
 
+    @property
+    def config(self) -> LoraConfig:
+        """The first adapter's config; the others' may differ."""
+        return next(iter(self._members.values())).config
+
     def param_count(self) -> int:
         """Return the number of parameters of all adapters."""
         return self.flat.vector.size
@@ -341,6 +370,12 @@ class AdapterSet(Mapping[str, LoraAdapter]):
     def memory_bytes(self) -> int:
         """Return the bytes the parameters take: 4 each."""
         return self.flat.vector.nbytes
+
+
+def _restored_set(cls: type[AdapterSet], members: Mapping[str, LoraAdapter], origin: dict[str, Any]) -> AdapterSet:
+    restored = cls.from_adapters(members)
+    restored.origin = origin
+    return restored
 
 
 class GradientPair(NamedTuple):

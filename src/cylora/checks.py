@@ -10,8 +10,20 @@ from numpy.typing import DTypeLike, NDArray
 
 from cylora.errors import ConfigError, CyloraError
 
-__all__ = ["array", "choice", "finite_at_least", "integer", "items", "matrix", "norm_limit", "real", "vector"]
+__all__ = [
+    "array",
+    "choice",
+    "finite_at_least",
+    "first_nonfinite",
+    "integer",
+    "items",
+    "matrix",
+    "norm_limit",
+    "real",
+    "vector",
+]
 
+PART = 2**20
 MAX_COUNT = 2**62  # half of what int64 holds: a count that begins here cannot overflow
 
 
@@ -110,9 +122,19 @@ def array(
         raise error(f"{name} must be {np.dtype(dtype)} of shape {shape}, got {type(value).__name__}") from None
     if got.dtype != np.dtype(dtype) or got.shape != shape:
         raise error(f"{name} must be {np.dtype(dtype)} of shape {shape}, got {got.dtype} of shape {got.shape}")
-    if finite and not np.isfinite(got).all():
-        raise error(f"{name} must be finite, got {got[~np.isfinite(got)][0]}")
+    index = first_nonfinite(got.reshape(-1)) if finite else None
+    if index is not None:
+        raise error(f"{name} must be finite, got {got.reshape(-1)[index]}")
     return got
+
+
+def first_nonfinite(vector: NDArray[Any]) -> int | None:
+    """Return the index of the first NaN or infinity, or None. It looks at parts: a mask of all would take memory."""
+    for start in range(0, vector.size, PART):
+        finite = np.isfinite(vector[start : start + PART])
+        if not finite.all():
+            return start + int(np.argmin(finite))
+    return None
 
 
 def items(name: str, value: Any, keys: Sequence[str], error: type[CyloraError]) -> list[Any]:

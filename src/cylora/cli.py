@@ -1,8 +1,8 @@
-"""The `cylora` command: `cylora train` trains adapters, `cylora bench` measures, `cylora info` describes.
+"""The `cylora` command: train adapters, look at files and convert them, measure, describe.
 
-Exit codes: 0 all is well; 1 the run failed (the task's own code raised, or a file could not be written); 2 an input is
-wrong; 130 stopped by Ctrl-C, with what was learned saved; 141 nobody reads the output any more. Every failure is one
-line on stderr.
+Exit codes: 0 all is well; 1 the run failed (the task's own code raised, or a file could not be written), or `verify`
+found damage; 2 an input is wrong; 130 stopped by Ctrl-C, with what was learned saved; 141 nobody reads the output any
+more. Every failure is one line on stderr.
 """
 
 import argparse
@@ -17,10 +17,12 @@ from typing import Any, NoReturn
 
 from cylora import __version__
 from cylora._cli_bench import bench
+from cylora._cli_files import FORMATS, export, inspect, verify, visible
 from cylora._cli_info import system_facts
-from cylora._cli_train import train
+from cylora._cli_train import resume, train
 from cylora.config import NONFINITE_POLICIES, SCHEDULES, STATE_DTYPES, WEIGHT_DECAY_MODES
 from cylora.errors import CyloraError, InputError
+from cylora.formats.weights import WEIGHT_DTYPES
 from cylora.tasks.digits import DigitsTask
 from cylora.tasks.protocol import RunFailure
 from cylora.tasks.settings import FIELDS, NONE, Field, Tables
@@ -31,6 +33,7 @@ HELP = {
     "task": "what to train: digits, or module:factory of your own (cylora.tasks.protocol shows how)",
     "seed": "decides every random choice of the run",
     "eval_every": "steps between two evaluations, 0 for before and after only; none: a twentieth of the run",
+    "save_every": "steps between two checkpoints, 0 for one at the end only; none: a tenth of the run",
     "learning_rate": "peak learning rate",
     "weight_decay": "strength of the weight decay",
     "max_grad_norm": "global norm above which gradients are scaled down; inf: never",
@@ -115,12 +118,17 @@ def _parser() -> argparse.ArgumentParser:
         description="Train LoRA adapters. Without options: a frozen reader of upright digits learns turned ones.",
         epilog="Options go before the TOML file, the file before the task's defaults. Ctrl-C stops after the step and "
         "saves what was learned (exit code 130). Exit code 2: wrong input; 1: the run failed.",
-        usage="cylora train [--task NAME] [--config FILE] [--output DIR] [OPTION ...]",
+        usage="cylora train [--task NAME] [--config FILE] [--output DIR] [OPTION ...]\n"
+        "       cylora train --resume DIR [--fallback] [OPTION ...]",
         allow_abbrev=False,
     )
     train.add_argument("--config", metavar="FILE", type=Path, help="TOML file, as the run folder's config.toml")
     train.add_argument(
         "--output", metavar="DIR", type=Path, help="folder to write to, new or empty (default: a new one in ./runs)"
+    )
+    train.add_argument("--resume", metavar="DIR", type=Path, help="go on with the run in DIR from its last checkpoint")
+    train.add_argument(
+        "--fallback", action="store_true", help="with --resume: if the last checkpoint is damaged, take the one before"
     )
     train.add_argument("--quiet", action="store_true", help="print nothing but the folder written to")
     groups = {table: train.add_argument_group(title) for table, title in TITLES.items()}
@@ -136,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
             option["type"] = _converter(field)
             option["metavar"] = {int: "N", float: "X", str: "NAME", tuple: "NAMES"}[field.kind]
         groups[field.table].add_argument(f"--{field.name.replace('_', '-')}", **option)
+    _add_files(commands)
     measure = commands.add_parser(
         "bench",
         help="measure a step on this machine against the same work in NumPy",
@@ -148,6 +157,46 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--quick", action="store_true", help="small sizes and short turns only, for a first look")
     commands.add_parser("info", help="describe this installation", description="Describe this installation.")
     return parser
+
+
+def _add_files(commands: Any) -> None:
+    look = commands.add_parser(
+        "inspect",
+        help="show what a run, checkpoint or adapter holds",
+        description="Show the adapters in a run's folder, a checkpoint, a PEFT directory or a GGUF file: names, "
+        "shapes, ranks, norms, hash, and whether all weights are finite.",
+        allow_abbrev=False,
+    )
+    look.add_argument("path", metavar="PATH", type=Path)
+    look.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+    check = commands.add_parser(
+        "verify",
+        help="check whether a run, checkpoint or adapter is whole",
+        description="Read every checkpoint and adapter at PATH and check all of it. Exit code 0: whole; 1: damaged; "
+        "2: there is nothing to check.",
+        allow_abbrev=False,
+    )
+    check.add_argument("path", metavar="PATH", type=Path)
+    convert = commands.add_parser(
+        "export",
+        help="write the adapters of a run as a PEFT directory or a GGUF file",
+        description="Write the adapters of a run, a checkpoint or a PEFT directory for PEFT and most servers (peft), "
+        "or for llama.cpp and what is built on it (gguf).",
+        allow_abbrev=False,
+    )
+    convert.add_argument("path", metavar="PATH", type=Path)
+    convert.add_argument("--format", choices=FORMATS, required=True)
+    convert.add_argument("--output", metavar="PATH", type=Path, help="what to write (default: in the current folder)")
+    convert.add_argument("--dtype", choices=WEIGHT_DTYPES, default="float32", help="of the weights (default: float32)")
+    convert.add_argument(
+        "--portable",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="peft: one rank and one alpha, which every server understands (default: yes)",
+    )
+    convert.add_argument("--base-model", metavar="NAME", help="peft: name or path of the base model, for the config")
+    convert.add_argument("--task-type", metavar="NAME", help="peft: such as CAUSAL_LM, for the config")
+    convert.add_argument("--base-config", metavar="FILE", type=Path, help="gguf: the base model's config.json")
 
 
 def _options(arguments: argparse.Namespace) -> Tables:
@@ -203,11 +252,34 @@ def _run(argv: Sequence[str] | None) -> int:
         return _info()
     if arguments.command == "bench":
         return bench(arguments.json, arguments.threads, quick=arguments.quick)
-    return train(_options(arguments), arguments.config, arguments.output, quiet=arguments.quiet)
+    if arguments.command == "train":
+        return _train(arguments)
+    return _files(arguments)
+
+
+def _files(arguments: argparse.Namespace) -> int:
+    if arguments.command == "inspect":
+        return inspect(arguments.path, as_json=arguments.json)
+    if arguments.command == "verify":
+        return verify(arguments.path)
+    options = {name: getattr(arguments, name) for name in ("dtype", "portable", "base_model", "task_type")}
+    return export(arguments.path, arguments.format, arguments.output, base_config=arguments.base_config, **options)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    options = _options(arguments)
+    if arguments.resume is None:
+        if arguments.fallback:
+            raise InputError("--fallback goes with --resume")
+        return train(options, arguments.config, arguments.output, quiet=arguments.quiet)
+    for name in ("config", "output"):
+        if getattr(arguments, name) is not None:
+            raise InputError(f"--resume goes on with a run as it is, got --{name} too")
+    return resume(options, arguments.resume, fallback=arguments.fallback, quiet=arguments.quiet)
 
 
 def _fail(error: object, code: int) -> int:
     with contextlib.suppress(OSError):
         if sys.stderr is not None:
-            print(f"cylora: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"cylora: error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
     return code

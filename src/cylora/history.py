@@ -299,13 +299,17 @@ class TrainingHistory(Sequence[TrainingStep]):
         loss_sum = checks.real("history loss_sum", loss_sum, error=StateError)
         first_loss = checks.real("history first_loss", first_loss, error=StateError)
         kept = total if limit is None else min(total, limit)
-        for name, values in zip(STORED, columns, strict=True):
+        for place, name in enumerate(STORED):
             dtype = np.bool_ if name == "skipped" else np.float64
-            checks.array(f"history {name}", values, dtype, (kept,), StateError)
+            columns[place] = checks.array(f"history {name}", columns[place], dtype, (kept,), StateError)
         history._count[0] = total
         history._allocate(max(kept, len(history._flags)))
-        slots = history._order()
-        history._rows[slots], history._flags[slots] = np.transpose(columns[:3]), columns[3]
+        first = (total - kept) % len(history._flags)
+        head = min(kept, len(history._flags) - first)  # the rest of a ring goes on at its beginning
+        for slots, part in ((slice(first, first + head), slice(head)), (slice(kept - head), slice(head, kept))):
+            history._flags[slots] = columns[3][part]
+            for place in range(3):  # one by one: all together would be copied first
+                history._rows[slots, place] = columns[place][part]
         history._sums[:] = loss_sum, skipped, first_loss
         return history
 

@@ -14,6 +14,7 @@ from cylora.flat import FloatArray, aligned_zeros
 __all__ = ["Moments"]
 
 CHUNK = 256  # elements of 8-bit state that share an exponent
+PART = 2**18  # elements that are decoded at a time, a multiple of CHUNK
 # What the kernels call each form, and the types in which m and v are stored.
 KINDS = {"float32": 0, "bfloat16": 2, "8bit": 3}
 STORED = {"float32": (np.float32, np.float32), "bfloat16": (np.uint16, np.uint16), "8bit": (np.int8, np.uint8)}
@@ -54,7 +55,8 @@ class Moments:
 
     def buffers(self) -> tuple[Any, ...]:
         """Return the storage kind's number and the live arrays' bytes, for a kernel that updates them."""
-        return (KINDS[self.dtype], *(array.view(np.uint8) for array in self._arrays().values()))
+        arrays = (self.stored_m, self.stored_v, self.m_exponents, self.v_exponents)
+        return (KINDS[self.dtype], *(array.view(np.uint8) for array in arrays))
 
     @property
     def m(self) -> FloatArray:
@@ -69,19 +71,11 @@ class Moments:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return sum(array.nbytes for array in self._arrays().values())
-
-    def copy(self) -> "Moments":
-        """Return the same moments in memory of their own."""
-        new = Moments(self.size, self.dtype)
-        for mine, theirs in zip(new._arrays().values(), self._arrays().values(), strict=True):
-            mine[...] = theirs
-        return new
+        return sum(array.nbytes for array in self.arrays().values())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the form's name and copies of the arrays as they are stored."""
-        arrays = self._arrays() if self.dtype == "8bit" else {"m": self.stored_m, "v": self.stored_v}
-        return {"dtype": self.dtype} | {name: array.copy() for name, array in arrays.items()}
+        return {"dtype": self.dtype} | {name: array.copy() for name, array in self.arrays().items()}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any], size: int) -> Self:
@@ -89,21 +83,30 @@ class Moments:
         dtype = state.get("dtype")
         if not isinstance(dtype, str) or dtype not in STATE_DTYPES:
             raise StateError(f"adam dtype must be one of {', '.join(map(repr, STATE_DTYPES))}, got {dtype!r}")
-        chunks = (np.uint8, (-(-size // CHUNK),))
-        forms = {name: (stored, (size,)) for name, stored in zip("mv", STORED[dtype], strict=True)}
-        forms |= {"m_exponents": chunks, "v_exponents": chunks} if dtype == "8bit" else {}
+        forms = cls.forms(size, dtype)
         checks.items("adam moments", state, ("dtype", *forms), StateError)
         # Before memory is taken: the size is only what a layout claims.
         given = [checks.array(f"adam {name}", state[name], *form, StateError) for name, form in forms.items()]
         moments = cls(size, dtype)
-        for mine, array in zip(moments._arrays().values(), given, strict=False):  # float32 and bfloat16: no exponents
+        for mine, array in zip(moments.arrays().values(), given, strict=True):
             mine[...] = array
-        moments._check()
+        moments.check()
         return moments
 
-    def _arrays(self) -> dict[str, NDArray[Any]]:
-        named = {"m": self.stored_m, "v": self.stored_v}
-        return named | {"m_exponents": self.m_exponents, "v_exponents": self.v_exponents}
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the live arrays by name, as they are stored."""
+        stored = {"m": self.stored_m, "v": self.stored_v}
+        exponents = {"m_exponents": self.m_exponents, "v_exponents": self.v_exponents}
+        return stored | exponents if self.dtype == "8bit" else stored
+
+    @staticmethod
+    def forms(size: int, dtype: str) -> dict[str, tuple[Any, tuple[int, ...]]]:
+        """Return name, dtype and shape of the arrays that store the moments of ``size`` parameters."""
+        forms: dict[str, tuple[Any, tuple[int, ...]]] = {
+            name: (stored, (size,)) for name, stored in zip("mv", STORED[dtype], strict=True)
+        }
+        chunks = (np.uint8, (-(-size // CHUNK),))
+        return forms | ({"m_exponents": chunks, "v_exponents": chunks} if dtype == "8bit" else {})
 
     def _decoded(self, stored: NDArray[Any], exponents: NDArray[np.uint8]) -> FloatArray:
         if self.dtype == "float32":
@@ -113,15 +116,19 @@ class Moments:
         values.flags.writeable = False
         return values
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise StateError unless every moment is finite and v is not negative."""
         # c times the last code, 2^16 or 2^32, must stay finite with a square to spare.
         for name, limit in (("m_exponents", 254 - 16 - 1), ("v_exponents", 254 - 32 - 1)):
             largest = int(getattr(self, name).max(initial=0))
             if largest > limit:
                 raise StateError(f"adam {name} must be at most {limit}, got {largest}")
-        m, v = self.m, self.v  # compact forms are decoded anew at each look
-        for name, values in (("m", m), ("v", v)):
-            if not np.isfinite(values).all():
-                raise StateError(f"adam {name} must be finite, got {values[~np.isfinite(values)][0]}")
-        if (v < 0).any():
-            raise StateError(f"adam v must be >= 0, got {v.min()}")
+        for start in range(0, self.size, PART):  # compact forms, decoded whole, would take more memory than the moments
+            kept, chunks = slice(start, start + PART), slice(start // CHUNK, (start + PART) // CHUNK)
+            m = self._decoded(self.stored_m[kept], self.m_exponents[chunks])
+            v = self._decoded(self.stored_v[kept], self.v_exponents[chunks])
+            for name, values in (("m", m), ("v", v)):
+                if not np.isfinite(values).all():
+                    raise StateError(f"adam {name} must be finite, got {values[~np.isfinite(values)][0]}")
+            if (v < 0).any():
+                raise StateError(f"adam v must be >= 0, got {v.min()}")

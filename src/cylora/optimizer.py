@@ -227,7 +227,7 @@ class Adam(PreparedAdam):
         self._flat, self._config = flat, config
         if state is not None and state.moments.dtype != config.state_dtype:
             raise StateError(f"adam dtype must be {config.state_dtype!r}, as configured, got {state.moments.dtype!r}")
-        self._moments = Moments(flat.vector.size, config.state_dtype) if state is None else state.moments.copy()
+        self._moments = Moments(flat.vector.size, config.state_dtype) if state is None else state.moments
         shapes = [shape for _, shape in flat.layout]
         is_pair = len(shapes) == 2 and all(len(shape) == 2 for shape in shapes)
         (rows_a, columns_a), (rows_b, columns_b) = shapes if is_pair else ((-1, -1), (-1, -1))
@@ -259,7 +259,7 @@ class Adam(PreparedAdam):
 
     @classmethod
     def for_training(cls, flat: FlatBuffer, config: LoraTrainingConfig, state: AdamState | None = None) -> Self:
-        """Return a trainer's optimizer, which may continue from ``state``."""
+        """Return a trainer's optimizer, which may continue from ``state``, whose moments it then updates."""
         adam = cls.__new__(cls)
         adam._prepare(flat, config, state)
         return adam

@@ -4,7 +4,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from cylora import checks, schedule
 from cylora.accumulation import MAX_WEIGHT, MIN_WEIGHT, Accumulation
@@ -14,12 +14,20 @@ from cylora.errors import ConfigError, InputError, StateError, TrainerBusyError
 from cylora.history import TrainingHistory, TrainingStep
 from cylora.optimizer import Adam, AdamState, check_rate
 
-__all__ = ["LoraTrainer"]
+__all__ = ["LoraTrainer", "TrainerState"]
 
 STATE_VERSION = 1
 NO_MICRO_BATCH = "at least one accumulated micro-batch, got none"
 _Result = TypeVar("_Result")
 logger = logging.getLogger("cylora")
+
+
+class TrainerState(NamedTuple):
+    """The parts a trainer continues from, themselves and no copies: for those who write and read files."""
+
+    adam: AdamState | None
+    history: TrainingHistory
+    accumulation: Accumulation
 
 
 class LoraTrainer:
@@ -169,19 +177,19 @@ class LoraTrainer:
             return self._adam  # type: ignore[return-value]
 
     def _bind(self, adapter: LoraAdapter | AdapterSet) -> None:
-        state = self._restored if self._adam is None else self._adam.state()
-        if state is not None and state.t == 0:
-            state = None
-        if state is not None and state.layout != adapter.flat.layout:
-            raise StateError(f"adapter must have the layout of the loaded state, {state.layout}, got {adapter!r}")
-        gradient = self._accumulation.gradient
-        if self.accumulated and gradient is not None and gradient.size != adapter.flat.vector.size:
-            raise StateError(f"adapter must have the {gradient.size} parameters of the loaded state, got {adapter!r}")
-        adam = self._optimizer(adapter, self._history, self._accumulation, state)
+        self._check_fit(adapter)
+        adam = self._optimizer(adapter, self._history, self._accumulation, self._state().adam)
         replaced, progress = self._adam, self._progress()
         self._adam, self._adapters, self._restored, self._bound_at = adam, adapter, None, progress
         if replaced is not None:
             replaced.retire()
+
+    def _check_fit(self, adapter: LoraAdapter | AdapterSet) -> None:
+        state, gradient = self._state().adam, self._accumulation.gradient
+        if state is not None and state.layout != adapter.flat.layout:
+            raise StateError(f"adapter must have the layout of the loaded state, {state.layout}, got {adapter!r}")
+        if self.accumulated and gradient is not None and gradient.size != adapter.flat.vector.size:
+            raise StateError(f"adapter must have the {gradient.size} parameters of the loaded state, got {adapter!r}")
 
     @property
     def _binding(self) -> Any:
@@ -268,32 +276,55 @@ class LoraTrainer:
         Loaded into a trainer of the same config, with the same parameters, it continues to the same bits. ``adam`` is
         None while no step has been applied, ``accumulated`` while no micro-batch is pending.
         """
-        return self._while_idle(self._state_dict)
-
-    def _state_dict(self) -> dict[str, Any]:
-        state = self._restored if self._adam is None else self._adam.state()
-        return {
-            "version": STATE_VERSION,
-            "adam": None if state is None or state.t == 0 else state.to_dict(),
-            "history": self._history.state_dict(),
-            "accumulated": self._accumulation.state_dict(),
-        }
+        return self._while_idle(lambda: _to_dict(self._state()))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned. On an error nothing has changed."""
+        self._refuse_in_callback()
+        self._while_idle(lambda: self._take_over(self._from_dict(state)))
+
+    def hold(self, adapters: LoraAdapter | AdapterSet, function: Callable[[TrainerState], _Result]) -> _Result:
+        """Return ``function(live state)``, called while no step is under way; none begins meanwhile.
+
+        A step that another thread tries meanwhile waits or is a TrainerBusyError; a hold while one is under way is one.
+        ``adapters`` must be the trainer's, or such that it could become so: anything else is a StateError.
+        """
+        with self._binding:
+            if adapters is not self._adapters and (self._adam is None or self._progress() == self._bound_at):
+                self._check_fit(adapters)
+            elif adapters is not self._adapters:
+                raise StateError(f"adapters must be the trainer's, {self._adapters!r}, got another, {adapters!r}")
+            return self._while_idle(lambda: function(self._state()))
+
+    def adopt(self, state: TrainerState) -> None:
+        """Take over these parts themselves; nobody else may keep them. On an error nothing has changed."""
+        self._refuse_in_callback()
+        self._while_idle(lambda: self._take_over(state))
+
+    def _refuse_in_callback(self) -> None:
         if self._calling_back:
             raise TrainerBusyError("this trainer is busy: on_step may read it, but not change it")
-        self._while_idle(lambda: self._load(state))
 
-    def _load(self, state: Mapping[str, Any]) -> None:
+    def _state(self) -> TrainerState:
+        state = self._restored if self._adam is None else self._adam.state()
+        return TrainerState(None if state is None or state.t == 0 else state, self._history, self._accumulation)
+
+    def _from_dict(self, state: Mapping[str, Any]) -> TrainerState:
         keys = ("version", "adam", "history", "accumulated")
         version, adam_dict, history_dict, accumulated = checks.items("state", state, keys, StateError)
         if version != STATE_VERSION:
             raise StateError(f"state version must be {STATE_VERSION}, got {version!r}")
         history = TrainingHistory.from_state_dict(history_dict)
+        restored = None if adam_dict is None else AdamState.from_dict(adam_dict)
+        size = None if restored is None else restored.moments.size
+        if self._adapters is not None:
+            size = self._adapters.flat.vector.size
+        return TrainerState(restored, history, Accumulation.from_state_dict(accumulated, size))
+
+    def _take_over(self, state: TrainerState) -> None:
+        restored, history, accumulation = state
         if history.limit != self.config.history_limit:
             raise StateError(f"history limit must be {self.config.history_limit}, as configured, got {history.limit}")
-        restored = None if adam_dict is None else AdamState.from_dict(adam_dict)
         if restored is not None and restored.t > history.total_steps:
             raise StateError(f"adam t must be at most the {history.total_steps} steps of the history, got {restored.t}")
         if restored is not None and restored.moments.dtype != self.config.state_dtype:
@@ -301,10 +332,6 @@ class LoraTrainer:
             raise StateError(f"adam dtype must be {self.config.state_dtype!r}, as configured, got {got!r}")
         if restored is not None and self._adapters is not None and restored.layout != self._adapters.flat.layout:
             raise StateError(f"adam layout must be that of {self._adapters!r}, got {restored.layout}")
-        size = None if restored is None else restored.moments.size
-        if self._adapters is not None:
-            size = self._adapters.flat.vector.size
-        accumulation = Accumulation.from_state_dict(accumulated, size)
         adam = None
         if self._adapters is not None:
             adam = self._optimizer(self._adapters, history, accumulation, restored)
@@ -317,6 +344,15 @@ class LoraTrainer:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a LoraTrainer is not copied or pickled: load its state_dict() into a new one")
+
+
+def _to_dict(state: TrainerState) -> dict[str, Any]:
+    return {
+        "version": STATE_VERSION,
+        "adam": None if state.adam is None else state.adam.to_dict(),
+        "history": state.history.state_dict(),
+        "accumulated": state.accumulation.state_dict(),
+    }
 
 
 def _reporter(on_step: Callable[[TrainingStep], object] | None) -> Callable[[TrainingStep], None]:

@@ -25,7 +25,7 @@ class Progress:
     """
 
     def __init__(self, stream: TextIO, title: str, total: int, *, quiet: bool) -> None:
-        self._stream = stream
+        self._stream, self._quiet = stream, quiet
         self._total = total
         self._bar: Any = None
         self._lines = not quiet and not stream.isatty()
@@ -55,6 +55,20 @@ class Progress:
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.close()
+
+    def skip(self, steps: int) -> None:
+        """Begin after ``steps`` that were done earlier."""
+        if self._bar is not None and steps:
+            self._bar.n = self._bar.initial = steps
+
+    def warn(self, message: str) -> None:
+        """Write a line, bar or no bar, unless all is to be quiet."""
+        with contextlib.suppress(OSError):
+            if self._bar is not None:
+                self._bar.write(f"warning: {message}", file=self._stream)
+            elif not self._quiet:
+                self._stream.write(f"warning: {message}\n")
+                self._stream.flush()
 
     def show(self, record: TrainingStep) -> None:
         """Move the bar by one step; it decides itself when to redraw."""

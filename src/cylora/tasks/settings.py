@@ -61,6 +61,7 @@ FIELDS = [
     Field(table="run", name="task", kind=str, optional=False, default="digits"),
     Field(table="run", name="seed", kind=int, optional=False, default=0),
     Field(table="run", name="eval_every", kind=int, optional=True, default=None),
+    Field(table="run", name="save_every", kind=int, optional=True, default=None),
     *_config_fields("training", LoraTrainingConfig),
     *_config_fields("lora", LoraConfig),
 ]
@@ -76,19 +77,21 @@ class RunSettings:
     task : name of a built-in task, or "module:factory"
     seed : int in [0, 2^32)
     eval_every : steps between two evaluations; 0 means before and after only
+    save_every : steps between two checkpoints; 0 means one at the end only
     config : LoraTrainingConfig
     """
 
     task: str
     seed: int
     eval_every: int
+    save_every: int
     config: LoraTrainingConfig
 
     def to_tables(self) -> Tables:
         """Return the settings as a TOML file holds them; `resolve` makes the same settings of them."""
         training = self.config.to_dict()
         lora = training.pop("lora_config")
-        run = {"task": self.task, "seed": self.seed, "eval_every": self.eval_every}
+        run = {name: getattr(self, name) for name in TABLES["run"]}
         tables = {"run": run, "training": training, "lora": lora}
         return {
             table: {key: NONE if value is None else value for key, value in values.items()}
@@ -176,12 +179,14 @@ def _settings(tables: Tables) -> RunSettings:
     task = run.get("task", "digits")
     if not isinstance(task, str):
         raise ConfigError(f"task must be a name, got {task!r}")
-    eval_every = run.get("eval_every")
-    if eval_every is None:
-        eval_every = -(-config.max_steps // 20)
+    parts = {"eval_every": 20, "save_every": 10}  # of the run, where nothing is said
+    every = {
+        name: checks.integer(name, -(-config.max_steps // part) if run.get(name) is None else run[name], 0)
+        for name, part in parts.items()
+    }
     return RunSettings(
         task=task,
         seed=checks.integer("seed", run.get("seed", 0), 0, MAX_SEED),
-        eval_every=checks.integer("eval_every", eval_every, 0),
+        **every,
         config=config,
     )
