@@ -145,7 +145,7 @@ class Recorder:
         return found
 
     def __getattr__(self, name: str) -> Any:
-        harmless = ("fspath", "getpid", "strerror", "readlink", "scandir", "listdir", "stat", "utime")
+        harmless = ("fsencode", "fspath", "getpid", "strerror", "readlink", "scandir", "listdir", "stat", "utime")
         assert name.isupper() or name in harmless, name
         return getattr(os, name)
 

@@ -9,9 +9,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from training import fill, make_set, make_trainer
+
+from cylora import Gradients
+from cylora.formats.checkpoint import save_checkpoint
 from cylora.formats.durable import create_directory, publish_directory, replace_file
 
 WORDS = (b"the old ", b"the new ", b"the next ")
+ADAPTERS, TRAINER = make_set(), make_trainer()
+TRAINER.step(1.0, ADAPTERS, fill(Gradients(ADAPTERS)))
 OLD, NEW, NEXT = ({"config": word * 40, "weights": word[::-1] * 90} for word in WORDS)
 
 
@@ -25,6 +31,9 @@ SAVES: dict[str, Callable[[Path, dict[str, bytes], int], object]] = {
     "file": lambda root, content, version: replace_file(root / "file", list(content.values())),
     "directory": lambda root, content, version: create_directory(root / f"folder{version}", content),
     "publish": lambda root, content, version: publish_directory(root, "name", version, content, keep=1),
+    "checkpoint": lambda root, content, version: save_checkpoint(
+        TRAINER, ADAPTERS, root / "checkpoint", extra={name: part.decode("latin-1") for name, part in content.items()}
+    ),
 }
 
 

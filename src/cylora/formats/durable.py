@@ -26,7 +26,15 @@ from typing import Any
 from cylora import checks
 from cylora.errors import InputError
 
-__all__ = ["LATEST", "Content", "create_directory", "publish_directory", "published", "replace_file"]
+__all__ = [
+    "LATEST",
+    "Content",
+    "create_directory",
+    "directory_digest",
+    "publish_directory",
+    "published",
+    "replace_file",
+]
 
 Content = bytes | Sequence[bytes | memoryview]  # a whole file, or its parts in their order
 
@@ -144,6 +152,12 @@ def published(root: str | os.PathLike[str], name: str) -> list[Path]:
         return [folder / found for found, _ in _versions(name, parent)]
 
 
+def directory_digest(digests: Mapping[str, bytes]) -> str:
+    """Return the hash that a published directory is named by: of its files' names and their sha256, sorted by name."""
+    whole = b"".join(os.fsencode(name) + b"\0" + digest for name, digest in sorted(digests.items()))
+    return hashlib.sha256(whole).hexdigest()
+
+
 # ------------------------------------------------------------------ parts
 
 
@@ -217,14 +231,14 @@ def _check_names(files: Mapping[str, Content]) -> None:
 def _fill_directory(name: str, files: Mapping[str, Content], parent: int) -> str:
     """Make a directory, synced with all its files; return the sha256 of its content."""
     os.mkdir(name, 0o777, dir_fd=parent)
-    digest = hashlib.sha256()
+    digests: dict[str, bytes] = {}
     with _opened(name, parent) as inside:
         for file, content in sorted(files.items()):
             own = hashlib.sha256()
             _fill(os.open(file, NEW_FILE, 0o666, dir_fd=inside), content, own)
-            digest.update(file.encode() + b"\0" + own.digest())
+            digests[file] = own.digest()
         os.fsync(inside)
-    return digest.hexdigest()
+    return directory_digest(digests)
 
 
 def _rename_new(temporary: str, name: str, parent: int, shown: str) -> None:

@@ -13,7 +13,7 @@ from cylora.adapter import AdapterSet, LoraAdapter
 from cylora.errors import CyloraError, FormatError
 from cylora.formats.checkpoint import read_checkpoint
 from cylora.formats.container import open_regular
-from cylora.formats.durable import LATEST, PUBLISHED
+from cylora.formats.durable import LATEST, PUBLISHED, directory_digest
 from cylora.formats.generations import list_generations
 from cylora.formats.gguf_reader import GGUF_MAGIC, read_gguf
 from cylora.formats.peft import TENSORS_NAME, read_peft
@@ -108,7 +108,7 @@ def _problem(part: Path, number: int | None = None) -> str | None:
         if number is not None and facts["generation"] != number:
             return f"generation must be {number}, as in its name, got {facts['generation']}"
         if match := PUBLISHED.fullmatch(part.name):
-            digest = _content_digest(part)
+            digest = directory_digest({name: _digest(part / name) for name in os.listdir(part)})
             if digest[:8] != match["digest"]:
                 return f"the files' hash must be {match['digest']}, as in the name, got {digest[:8]}: they were changed"
     except CyloraError as error:
@@ -215,11 +215,3 @@ def _json_value(value: Any) -> Any:
 def _digest(file: Path) -> bytes:
     with os.fdopen(open_regular(file), "rb") as opened:
         return hashlib.file_digest(opened, "sha256").digest()
-
-
-def _content_digest(folder: Path) -> str:
-    """Return what `publish_directory` names content by."""
-    digest = hashlib.sha256()
-    for name in sorted(os.listdir(folder)):
-        digest.update(os.fsencode(name) + b"\0" + _digest(folder / name))
-    return digest.hexdigest()
