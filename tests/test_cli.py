@@ -532,9 +532,11 @@ def test_ctrl_c_stops_after_the_step_and_saves(
     assert len((folder / "out" / "history.jsonl").read_text().splitlines()) == 4
 
 
-@pytest.mark.parametrize("when", ["the task", "a second Ctrl-C"])
+@pytest.mark.parametrize(
+    ("when", "save_every"), [("the task", 0), ("a second Ctrl-C", 0), ("a second Ctrl-C, after a checkpoint", 2)]
+)
 def test_ctrl_c_that_aborts_is_one_line_and_130(
-    run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None], when: str
+    run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None], when: str, save_every: int
 ) -> None:
     before = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -544,13 +546,19 @@ def test_ctrl_c_that_aborts_is_one_line_and_130(
     else:
         task(FAILS_AT_3.format(f"{interrupt}; {interrupt}"))
     try:
-        done = run("train", "--task", "mine:Task", "--output", "out", "--log-every", 0)
+        done = run("train", "--task", "mine:Task", "--output", "out", "--log-every", 0, "--save-every", save_every)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
     assert (done.code, done.out) == (130, "")
     assert done.err.endswith("cylora: error: interrupted\n")
-    assert not (folder / "out").exists() or contents(folder / "out") == ["adapters", *CHECKPOINTS, "config.toml"]
+    if save_every:
+        assert contents(folder / "out") == ["adapters", *CHECKPOINTS, "config.toml"]
+        task("")
+        sys.modules.pop("mine")
+        assert run("train", "--resume", "out", "--max-steps", 5).code == 0
+    else:
+        assert not (folder / "out").exists()
 
 
 def test_ctrl_c_that_is_ignored_stays_ignored(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from cylora.errors import InputError
+from cylora.formats.generations import list_generations
 from cylora.formats.inspection import ADAPTERS, CHECKPOINTS
 from cylora.tasks.protocol import RunFailure
 
@@ -93,8 +94,8 @@ class RunFolder:
             os.close(descriptor)
 
     def discard(self) -> None:
-        """Remove what `create` made, and the settings: nothing has been learned."""
-        if self._made:
+        """Remove what `create` made, and the settings, unless there is a checkpoint to go on from."""
+        if self._made and not list_generations(self.path / CHECKPOINTS):
             with contextlib.suppress(OSError):
                 (self.path / CONFIG).unlink(missing_ok=True)
                 for folder in reversed(self._made):

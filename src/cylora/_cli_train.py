@@ -133,7 +133,10 @@ class _Session:
             raise FormatError(f"{checkpoints}: the adapters must be those of task {self._settings.task!r}, got {got}")
         self._task.adapters.flat.vector[...] = saved.adapters.flat.vector
         run = TrainingRun(self._task, saved.trainer, self._settings.eval_every)
-        run.restore(saved.extra)
+        try:
+            run.restore(saved.extra)
+        except FormatError as error:
+            raise FormatError(f"{checkpoints}: generation {saved.generation}: {error}") from error
         return run
 
     def _is_due(self, run: TrainingRun) -> bool:
