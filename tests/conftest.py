@@ -21,6 +21,18 @@ settings.load_profile("cylora")
 FloatsAt = Callable[..., NDArray[np.float32]]
 
 
+@pytest.fixture
+def figures(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Return a function that puts numbers into the log and, with ``--junitxml``, into the report."""
+
+    def record(**numbers: object) -> None:
+        print(", ".join(f"{name} {number}" for name, number in numbers.items()))
+        for name, number in numbers.items():
+            record_property(name, number)
+
+    return record
+
+
 def pytest_report_header() -> str:
     """Say in the log which loops were tested."""
     return f"cylora: instruction set {optimizer.isa}, built: {', '.join(optimizer.variants)}"

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,18 @@ def killed(folder: Path, rounds: int, seed: int) -> dict[str, Any]:
     return result
 
 
-def check(result: dict[str, Any], rounds: int) -> None:
+def check(result: dict[str, Any], rounds: int, figures: Callable[..., None]) -> None:
+    figures(kills=rounds, acknowledged=result["acknowledged"], interrupted=result["interrupted"])
     assert not result["violations"], result["violations"][:5]
     assert result["acknowledged"] > rounds / 2  # a kill waits for 0.8 saves on average
     assert result["interrupted"] > rounds / 100  # in the middle of one
 
 
-def test_every_acknowledged_save_survives_500_kills(tmp_path: Path) -> None:
-    check(killed(tmp_path, 500, seed=1), 500)
+def test_every_acknowledged_save_survives_500_kills(tmp_path: Path, figures: Callable[..., None]) -> None:
+    check(killed(tmp_path, 500, seed=1), 500, figures)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", range(4))
-def test_every_acknowledged_save_survives_10_000_kills(tmp_path: Path, seed: int) -> None:
-    check(killed(tmp_path, 2_500, seed + 10), 2_500)
+def test_every_acknowledged_save_survives_10_000_kills(tmp_path: Path, seed: int, figures: Callable[..., None]) -> None:
+    check(killed(tmp_path, 2_500, seed + 10), 2_500, figures)

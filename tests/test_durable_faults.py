@@ -12,6 +12,7 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,7 @@ def is_temporary(path: str) -> bool:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS)
-def test_kill_at_every_system_call_leaves_old_or_new(tmp_path: Path, kind: str) -> None:
+def test_kill_at_every_system_call_leaves_old_or_new(tmp_path: Path, kind: str, figures: Callable[..., None]) -> None:
     points = points_of(kind, tmp_path)
     old, new, following = (expected(kind, tmp_path / "expected", *contents) for contents in ((), (NEW,), (NEW, NEXT)))
     root = tmp_path / "root"
@@ -124,13 +125,15 @@ def test_kill_at_every_system_call_leaves_old_or_new(tmp_path: Path, kind: str) 
         if kind == "directory":  # each save has a name of its own
             found.update(new)
         assert found == following, point
-    print(f"{kind}: {len(points)} points")
+    figures(kind=kind, points=len(points))
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("error", [*ERRORS, "a write of nothing"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_failing_system_call_leaves_old_or_new_and_no_litter(tmp_path: Path, kind: str, error: str) -> None:
+def test_each_failing_system_call_leaves_old_or_new_and_no_litter(
+    tmp_path: Path, kind: str, error: str, figures: Callable[..., None]
+) -> None:
     points = points_of(kind, tmp_path)[:-1]
     old, new, following = (expected(kind, tmp_path / "expected", *contents) for contents in ((), (NEW,), (NEW, NEXT)))
     root = tmp_path / "root"
@@ -164,20 +167,20 @@ def test_each_failing_system_call_leaves_old_or_new_and_no_litter(tmp_path: Path
         if kind == "directory":
             found.update(new)
         assert found == following, (point, said)
-    print(f"{kind}, {error}: {len(points)} faults, {raised} raised")
+    figures(kind=kind, error=error, faults=len(points), raised=raised)
     assert raised >= 2  # few after EINTR: Python tries most calls again
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_full_disk_leaves_the_old_one(tmp_path: Path, kind: str) -> None:
+def test_a_full_disk_leaves_the_old_one(tmp_path: Path, kind: str, figures: Callable[..., None]) -> None:
     """A tmpfs of a few pages and inodes, in a mount namespace of its own."""
     user = [] if os.geteuid() == 0 else ["--map-root-user"]
     command = ["unshare", *user, "--mount", sys.executable, "-B", FULL, tmp_path, kind]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     failed, saved = map(int, run.stdout.split())
-    print(f"{kind}: {failed} saves found the disk full, {saved} did not")
+    figures(kind=kind, found_full=failed, saved=saved)
     assert failed >= 5
     assert saved >= 2
 

@@ -362,13 +362,14 @@ def tree_now(thing: Any) -> bytes | str | Tree:
 # ------------------------------------------------------------------ the tests
 
 
-def test_no_power_loss_leaves_half_of_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_power_loss_leaves_half_of_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: Callable[..., None]
+) -> None:
     total = 0
     for name, save in SAVES.items():
-        states, syncs = power_loss(monkeypatch, tmp_path / name, save)
-        print(f"{name}: {len(states)} states, synced: {', '.join(syncs)}")
+        states, _ = power_loss(monkeypatch, tmp_path / name, save)
         total += len(states)
-    print(f"{total} states")
+    figures(states=total)
     assert total >= 5000
 
 

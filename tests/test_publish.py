@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -427,12 +428,14 @@ FOUR_NAMES = ["one", "two", "three", "four"]
 @pytest.mark.parametrize(
     "count", [120, pytest.param(10_000, marks=pytest.mark.nightly)], ids=["120", "10,000 re-publishes"]
 )
-def test_readers_see_whole_versions_while_four_publish(tmp_path: Path, publishers: list[str], count: int) -> None:
+def test_readers_see_whole_versions_while_four_publish(
+    tmp_path: Path, publishers: list[str], count: int, figures: Callable[..., None]
+) -> None:
     keep = 50  # far more than are published while a reader opens two files
     here, there, wrong = run_readers(tmp_path / "root", publishers, count, keep)
     assert wrong == []
     assert min(here, there) >= 3
-    print(f"{count} published, {here} + {there} reads")
+    figures(published=count, reads=here + there)
     assert read_once(tmp_path / "root") is None
     left = [name for name in names(tmp_path / "root") if name.startswith(".")]
     assert left == []
