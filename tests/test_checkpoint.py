@@ -32,6 +32,7 @@ from cylora import (
     __version__,
 )  # fmt: skip
 from cylora.formats import checkpoint as module
+from cylora.formats import weights
 from cylora.formats.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from cylora.formats.checkpoint_facts import is_checkpoint
 from cylora.formats.container import TensorFile
@@ -391,6 +392,15 @@ def test_origin_must_be_json(tmp_path: Path) -> None:
     adapters.origin = {"x": math.inf}
     with pytest.raises(InputError, match=r"adapters\.origin must be a mapping of JSON values"):
         save_checkpoint(make_trainer(), adapters, tmp_path / "file")
+
+
+def test_more_adapters_than_a_file_of_its_size_may_list_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "MAX_OBJECTS", 0)
+    with pytest.raises(InputError, match=r"adapters must be at most [0-9]+ in a checkpoint of [0-9]+ bytes, got 30"):
+        save_checkpoint(make_trainer(), AdapterSet({f"{i}": (1, 1) for i in range(30)}, seed=0), tmp_path / "file")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:

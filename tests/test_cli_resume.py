@@ -142,8 +142,37 @@ def test_run_without_a_checkpoint_yet_begins_again(
     for _, path in list_generations(folder / "cut" / "checkpoints"):
         path.unlink()
     stop_at(None)
+    done = run("train", "--resume", "cut")  # it has adapters, so its checkpoints are lost: no reason to begin again
+    assert done.code == 2
+    assert "cut/checkpoints: must hold a checkpoint-<number>.safetensors, got none" in done.err
+    (folder / "cut" / "adapters" / "latest").unlink()
     assert run("train", "--resume", "cut").code == 0
     assert_same_outputs(whole, folder / "cut", [*OUTPUTS, "measures.jsonl"])
+
+
+def test_a_failed_start_of_a_resumed_run_leaves_its_settings(
+    run: Callable[..., SimpleNamespace], folder: Path, whole: Path
+) -> None:
+    (folder / "cut").mkdir()
+    (folder / "cut" / "config.toml").write_bytes((whole / "config.toml").read_bytes())
+    stop_at(0)
+    assert run("train", "--resume", "cut").code == 1
+    assert [path.name for path in (folder / "cut").iterdir()] == ["config.toml"]
+    stop_at(None)
+    assert run("train", "--resume", "cut").code == 0
+    assert_same_outputs(whole, folder / "cut", [*OUTPUTS, "measures.jsonl"])
+
+
+def test_what_a_killed_run_left_half_written_is_removed(
+    run: Callable[..., SimpleNamespace], folder: Path, whole: Path
+) -> None:
+    half = ".123.0123456789abcdef.tmp"
+    left = [whole / f".history.jsonl{half}", whole / "adapters" / f".adapter{half}"]
+    left[0].write_bytes(b"half")
+    left[1].mkdir()
+    (left[1] / "adapter_config.json").write_bytes(b"half")
+    assert run("train", "--resume", "whole").code == 0
+    assert not any(path.exists() for path in left)
 
 
 def test_ctrl_c_then_resume(run: Callable[..., SimpleNamespace], folder: Path, whole: Path) -> None:
@@ -168,9 +197,14 @@ def test_complete_run_only_writes_its_outputs_again(
     run: Callable[..., SimpleNamespace], folder: Path, whole: Path
 ) -> None:
     kept = {name: (whole / name).read_bytes() for name in [*OUTPUTS, "measures.jsonl"]}
+    before = list_generations(whole / "checkpoints"), os.readlink(whole / "adapters" / "latest")
     (whole / "history.jsonl").unlink()
     done = run("train", "--resume", "whole", "--quiet")
     assert (done.code, done.out) == (0, "whole\n")
+    assert {name: (whole / name).read_bytes() for name in kept} == kept
+    assert (list_generations(whole / "checkpoints"), os.readlink(whole / "adapters" / "latest")) == before
+    (whole / "adapters" / "latest").unlink()
+    assert run("train", "--resume", "whole", "--quiet").code == 0
     assert {name: (whole / name).read_bytes() for name in kept} == kept
 
 
@@ -203,6 +237,10 @@ def test_a_run_may_be_made_longer(run: Callable[..., SimpleNamespace], folder: P
             "a run goes on with its own settings: only --save-every, --max-steps, --log-every, --threads may be given, "
             "got --learning-rate",
         ),
+        (
+            ["--resume", "whole", "--max-steps", "39"],
+            "max_steps must not be below the steps that are done, got 39 for a run that has done 40",
+        ),
         (["--resume", "whole", "--rank", "2"], "a run goes on with its own settings: .*, got --rank"),
         (["--resume", "whole", "--threads", "0"], r"threads \(if not None\) must be an integer in \[1, 64\], got 0"),
     ],
@@ -223,7 +261,7 @@ def test_folder_that_another_process_trains_in_is_refused(run: Callable[..., Sim
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     done = run("train", "--resume", "whole")
     assert done.code == 2
-    got = "must be a folder nobody uses, got one that another process is training in"
+    got = "must be a folder nobody uses, got one that another process, or one it started, is training in"
     assert done.err == f"cylora: error: --resume whole {got}\n"
     os.close(descriptor)
     assert run("train", "--resume", "whole").code == 0

@@ -11,7 +11,7 @@ import pytest
 
 from cylora.errors import InputError
 from cylora.formats import durable
-from cylora.formats.durable import create_directory, publish_directory, replace_file
+from cylora.formats.durable import create_directory, publish_directory, remove_leftovers, replace_file
 
 FILES = {"b.bin": b"second" * 10, "a.json": b"first"}
 
@@ -79,6 +79,21 @@ def test_mode_follows_the_umask(tmp_path: Path, umask: int) -> None:
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~umask
     assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777 & ~umask
     assert stat.S_IMODE((tmp_path / "folder" / "a.json").stat().st_mode) == 0o666 & ~umask
+
+
+def test_leftovers_of_killed_processes_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / ".file.1.0123456789abcdef.tmp").write_bytes(b"half")
+    (tmp_path / ".a\nfolder.22.0123456789abcdef.tmp").mkdir()
+    (tmp_path / ".a\nfolder.22.0123456789abcdef.tmp" / "inside").write_bytes(b"half")
+    (tmp_path / ".link.3.0123456789abcdef.tmp").symlink_to("file")
+    kept = ["file", ".file.tmp", ".file.1.0123456789abcde.tmp", "file.1.0123456789abcdef.tmp", ".x.1.0123456789ABCDEF.tmp"]
+    for name in kept:
+        (tmp_path / name).write_bytes(b"whole")
+    remove_leftovers(tmp_path, "other")
+    assert len(names(tmp_path)) == len(kept) + 3
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == sorted(kept)
+    assert (tmp_path / "file").read_bytes() == b"whole"
 
 
 def test_a_link_is_replaced_not_followed(tmp_path: Path) -> None:

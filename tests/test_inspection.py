@@ -324,7 +324,7 @@ def test_verify_reports_what_is_no_regular_file(run: Path) -> None:
     second.symlink_to(third.name)
     (published(run)[0] / "folder").mkdir()
     found = problems(run)
-    assert found[second.name] == f"{second}: must be a regular file, got a symbolic link"
+    assert found[second.name] == f"{second}: must be a regular file, got a symbolic link (cp -L makes a file of it)"
     assert str(found[published(run)[0].name]).endswith(
         "folder: must be a regular file, got a directory, pipe or device"
     )

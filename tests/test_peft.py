@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 from safetensors import numpy as reference
 from safetensors import safe_open
 from training import make_adapter, make_set, make_trainer, same_bits
@@ -641,6 +642,39 @@ def test_a_bfloat16_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     (path / TENSORS_NAME).write_bytes(raw)
     message = f"{NAMES[-1]}.B must be finite, got inf"
     with pytest.raises(FormatError, match=re.escape(message)):
+        load_peft(path)
+
+
+def test_what_the_reference_implementation_refuses_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(raw: bytes) -> None:
+        raise safetensors.SafetensorError("its reason")
+
+    path = saved(tmp_path)
+    monkeypatch.setattr(safetensors, "deserialize", refuse)
+    with pytest.raises(FormatError, match=f"{TENSORS_NAME}: its reason"):
+        load_peft(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("step", [1], r"adapter_model.safetensors: metadata 'cylora' step must be an integer, got \[1\]"),
+        ("step", -1, "metadata 'cylora' step must be an integer >= 0, got -1"),
+        ("version", {"a": 1}, "metadata 'cylora' version must be text, got {'a': 1}"),
+    ],
+)
+def test_own_notes_are_checked(tmp_path: Path, key: str, value: object, message: str) -> None:
+    path = saved(tmp_path)
+    raw = (path / TENSORS_NAME).read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    notes = json.loads(header["__metadata__"]["cylora"]) | {key: value}
+    header["__metadata__"]["cylora"] = json.dumps(notes)
+    text = json.dumps(header).encode()
+    (path / TENSORS_NAME).write_bytes(len(text).to_bytes(8, "little") + text + raw[start:])
+    with pytest.raises(FormatError, match=message):
         load_peft(path)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from cylora.errors import FormatError
-from cylora.formats.peft_config import CONFIG_NAME, parse_config, pattern_for, target_modules, to_config
+from cylora.formats.peft_config import CONFIG_NAME, Pattern, parse_config, target_modules, to_config
 
 LAYERS = [f"model.layers.{n}.self_attn.{name}" for n in range(3) for name in ("q_proj", "v_proj")]
 
@@ -204,13 +204,13 @@ def test_a_document_that_is_no_object_is_refused(value: object, kind: str) -> No
 def test_pattern_for_finds_what_peft_finds(key: str, module: str, matches: bool) -> None:
     """PEFT's own rule (``get_pattern_key``), a regular expression, is the oracle."""
     assert bool(re.match(rf"(.*\.)?({key})$", module)) == matches
-    assert pattern_for({key: 3}, module, 7) == (3 if matches else 7)
+    assert Pattern({key: 3}).value(module, 7) == (3 if matches else 7)
 
 
 def test_the_first_pattern_that_fits_counts() -> None:
-    assert pattern_for({"other": 1, "q_proj": 2, "0.q_proj": 3}, "layers.0.q_proj", 7) == 2
-    assert pattern_for({"0.q_proj": 3, "q_proj": 2}, "layers.0.q_proj", 7) == 3
-    assert pattern_for({}, "q", 7) == 7
+    assert Pattern({"other": 1, "q_proj": 2, "0.q_proj": 3}).value("layers.0.q_proj", 7) == 2
+    assert Pattern({"0.q_proj": 3, "q_proj": 2}).value("layers.0.q_proj", 7) == 3
+    assert Pattern({}).value("q", 7) == 7
 
 
 # ------------------------------------------------------------------ writing

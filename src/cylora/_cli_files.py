@@ -100,7 +100,8 @@ def export(path: Path, kind: str, output: Path | None, *, base_config: Path | No
         output = output or Path(f"{name}.gguf")
         assert base_config is not None
         with _reading(base_config):
-            content = gguf.gguf_bytes(adapters, base_config, **options)
+            base = gguf.BaseModel(base_config)
+        content = gguf.gguf_bytes(adapters, base, **options)
         with _writing(output):
             if os.path.lexists(output):
                 raise FileExistsError

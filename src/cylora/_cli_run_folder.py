@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from cylora.errors import InputError
+from cylora.formats.durable import LATEST, remove_leftovers
 from cylora.formats.generations import list_generations
 from cylora.formats.inspection import ADAPTERS, CHECKPOINTS
 from cylora.tasks.protocol import RunFailure
@@ -65,6 +66,11 @@ class RunFolder:
                 raise InputError(f"--resume {path} must be the folder of a run, got one without {CONFIG}")
         return folder
 
+    @property
+    def has_outputs(self) -> bool:
+        """Whether a run has saved adapters here."""
+        return os.path.lexists(self.path / ADAPTERS / LATEST)
+
     def create(self) -> None:
         """Make the folder, the missing ones above it, and those in it."""
         with self._refusal():
@@ -86,18 +92,24 @@ class RunFolder:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    got = "one that another process is training in"
+                    got = "one that another process, or one it started, is training in"
                     raise InputError(f"{self._option} {self.path} must be a folder nobody uses, got {got}") from None
                 # A file system without locks (some network mounts): train all the same.
+            with self._refusal():
+                for folder in (self.path, self.path / ADAPTERS):
+                    remove_leftovers(folder)
             yield
         finally:
+            with contextlib.suppress(OSError):  # not left to the close: a worker that the task forked has it too
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
     def discard(self) -> None:
         """Remove what `create` made, and the settings, unless there is a checkpoint to go on from."""
-        if self._made and not list_generations(self.path / CHECKPOINTS):
+        if self.path / CHECKPOINTS in self._made and not list_generations(self.path / CHECKPOINTS):
             with contextlib.suppress(OSError):
-                (self.path / CONFIG).unlink(missing_ok=True)
+                if self._option == "--output":
+                    (self.path / CONFIG).unlink(missing_ok=True)
                 for folder in reversed(self._made):
                     folder.rmdir()
 

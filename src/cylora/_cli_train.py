@@ -15,7 +15,7 @@ from cylora import LoraTrainer, __version__
 from cylora._cli_run_folder import CONFIG, RunFolder, reason
 from cylora.config import thread_count
 from cylora.errors import CyloraError, FormatError, InputError
-from cylora.formats.durable import publish_directory, replace_file
+from cylora.formats.durable import publish_directory, published, replace_file
 from cylora.formats.generations import list_generations, load_generation, save_generation
 from cylora.formats.inspection import ADAPTERS, CHECKPOINTS
 from cylora.formats.peft import peft_files
@@ -76,7 +76,6 @@ def resume(options: Tables, path: Path, *, fallback: bool, quiet: bool) -> int:
     task = CheckedTask(settings.task, factory, settings.config.lora_config, settings.seed)
     folder.create()
     with folder.held():
-        replace_file(path / CONFIG, _config_text(settings))
         return _Session(settings, task, folder, quiet=quiet).train(fallback)
 
 
@@ -85,6 +84,7 @@ class _Session:
 
     def __init__(self, settings: RunSettings, task: CheckedTask, folder: RunFolder, *, quiet: bool) -> None:
         self._settings, self._task, self._folder, self._quiet = settings, task, folder, quiet
+        self._loaded_steps = -1
 
     def train(self, fallback: bool | None) -> int:
         """Train, save and sum up; ``fallback`` is None for a run that begins."""
@@ -122,9 +122,12 @@ class _Session:
 
     def _begin(self, progress: Progress, fallback: bool | None) -> TrainingRun:
         config, checkpoints = self._settings.config, self._folder.path / CHECKPOINTS
-        if fallback is None or not list_generations(checkpoints):
+        if fallback is None or not (list_generations(checkpoints) or self._folder.has_outputs):
             return TrainingRun(self._task, LoraTrainer(config, on_step=progress.log), self._settings.eval_every)
         saved = load_generation(checkpoints, fallback=fallback, on_step=progress.log, **config.to_dict())
+        if saved.trainer.total_steps() > config.max_steps:
+            got = f"{config.max_steps} for a run that has done {saved.trainer.total_steps()}"
+            raise InputError(f"max_steps must not be below the steps that are done, got {got}")
         for number, path in list_generations(checkpoints):
             if number > saved.generation:  # passed over: it must not count as one of the two that are kept
                 path.rename(path.with_suffix(".damaged"))
@@ -137,6 +140,8 @@ class _Session:
             run.restore(saved.extra)
         except FormatError as error:
             raise FormatError(f"{checkpoints}: generation {saved.generation}: {error}") from error
+        replace_file(self._folder.path / CONFIG, _config_text(self._settings))  # now that all fits together
+        self._loaded_steps = run.steps_done
         return run
 
     def _is_due(self, run: TrainingRun) -> bool:
@@ -158,12 +163,12 @@ class _Session:
         """Write everything, the weights before any more of the task's code runs; return the first failure."""
         folder, settings, history = self._folder, self._settings, io.StringIO()
         run.history.write_jsonl(history)
-        problems: list[CyloraError | None] = [
-            failure,
-            self._write_checkpoint(run),
-            folder.write(ADAPTERS, lambda path: self._publish(run, path)),
-            folder.write("history.jsonl", lambda path: replace_file(path, history.getvalue().encode())),
-        ]
+        problems: list[CyloraError | None] = [failure]
+        if run.steps_done != self._loaded_steps:  # else it is saved already, and an older generation would go for it
+            problems.append(self._write_checkpoint(run))
+        if run.steps_done != self._loaded_steps or not folder.has_outputs:
+            problems.append(folder.write(ADAPTERS, lambda path: self._publish(run, path)))
+        problems.append(folder.write("history.jsonl", lambda path: replace_file(path, history.getvalue().encode())))
         if failure is None:
             try:
                 run.evaluate()
@@ -177,8 +182,10 @@ class _Session:
         return next((problem for problem in problems if problem is not None), None)
 
     def _publish(self, run: TrainingRun, path: Path) -> None:
+        """Publish under the next number: the same step may come again with other settings, or another cylora."""
+        versions = [int(one.name.partition("@v")[2].partition("-")[0]) for one in published(path, "adapter")]
         files = peft_files(self._task.adapters, step=run.steps_done)
-        publish_directory(path, "adapter", run.steps_done, files, keep=2)
+        publish_directory(path, "adapter", max(versions, default=0) + 1, files, keep=2)
 
 
 def _config_text(settings: RunSettings) -> bytes:

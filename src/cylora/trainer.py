@@ -289,12 +289,15 @@ class LoraTrainer:
         A step that another thread tries meanwhile waits or is a TrainerBusyError; a hold while one is under way is one.
         ``adapters`` must be the trainer's, or such that it could become so: anything else is a StateError.
         """
-        with self._binding:
+
+        def checked() -> _Result:
             if adapters is not self._adapters and (self._adam is None or self._progress() == self._bound_at):
                 self._check_fit(adapters)
             elif adapters is not self._adapters:
                 raise StateError(f"adapters must be the trainer's, {self._adapters!r}, got another, {adapters!r}")
-            return self._while_idle(lambda: function(self._state()))
+            return function(self._state())
+
+        return self._while_idle(checked)
 
     def adopt(self, state: TrainerState) -> None:
         """Take over these parts themselves; nobody else may keep them. On an error nothing has changed."""
@@ -323,6 +326,9 @@ class LoraTrainer:
 
     def _take_over(self, state: TrainerState) -> None:
         restored, history, accumulation = state
+        gradient = accumulation.gradient
+        if self._adapters is not None and accumulation.count and gradient is not None:
+            checks.array("accumulated gradient", gradient, "float32", self._adapters.flat.vector.shape, StateError)
         if history.limit != self.config.history_limit:
             raise StateError(f"history limit must be {self.config.history_limit}, as configured, got {history.limit}")
         if restored is not None and restored.t > history.total_steps:

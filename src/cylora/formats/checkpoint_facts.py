@@ -11,6 +11,7 @@ from cylora.config import STATE_DTYPES, LoraConfig, LoraTrainingConfig
 from cylora.errors import CyloraError, FormatError, InputError
 from cylora.formats import strict_json
 from cylora.formats.container import TensorFile
+from cylora.formats.weights import check_count, most_adapters
 from cylora.trainer import TrainerState
 
 __all__ = ["DIGEST", "Facts", "Member", "check_readable", "describe", "is_checkpoint", "read_facts"]
@@ -18,8 +19,6 @@ __all__ = ["DIGEST", "Facts", "Member", "check_readable", "describe", "is_checkp
 SCHEMA = 1
 DIGEST = "sha256"  # the last tensor
 FACTS, ORIGIN, EXTRA, RNG = "cylora.checkpoint", "cylora.origin", "cylora.extra", "cylora.rng"
-ADAPTER_OBJECTS = 2400  # bytes of Python objects for each adapter of a set, its arrays' memory aside
-MAX_OBJECTS = 40 * 2**20
 LONE = "adapter"  # how a lone LoraAdapter is listed
 
 Member = tuple[int, int, LoraConfig]  # d_in, d_out, config
@@ -128,13 +127,8 @@ def check_readable(metadata: Mapping[str, str], count: int, size: int) -> None:
             strict_json.parse(text.encode(), key)
     except FormatError as error:
         raise InputError(f"the adapters' names and configs must fit a checkpoint ({error})") from None
-    if count > _most_adapters(size):
-        raise InputError(f"a checkpoint of {size} bytes must have at most {_most_adapters(size)} adapters, got {count}")
-
-
-def _most_adapters(size: int) -> int:
-    """Return how many adapters a file of ``size`` bytes may list: a short file must not make a heap of objects."""
-    return (MAX_OBJECTS + 2 * size) // ADAPTER_OBJECTS
+    if count > (most := most_adapters(size)):
+        raise InputError(f"adapters must be at most {most} in a checkpoint of {size} bytes, got {count}")
 
 
 def is_checkpoint(file: TensorFile) -> bool:
@@ -212,8 +206,7 @@ class _Reader:
         if not isinstance(adapters, list) or not adapters or (len(adapters) > 1 and not is_set):
             count = "at least one" if is_set else "one"
             raise self._error(f"adapters must be a list of {count}", repr(adapters)[:80])
-        if len(adapters) > (most := _most_adapters(self._file.size)):
-            raise self._error(f"adapters must be at most {most} in a file of this size", str(len(adapters)))
+        check_count(str(self._file.path), len(adapters), self._file.size)
         members: dict[str, Member] = {}
         for entry in adapters:
             if not isinstance(entry, list) or len(entry) != 4 or not isinstance(entry[0], str) or not entry[0]:

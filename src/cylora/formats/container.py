@@ -137,7 +137,8 @@ def open_regular(path: str | os.PathLike[str]) -> int:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
         if os.path.islink(path):
-            raise FormatError(f"{path}: must be a regular file, got a symbolic link") from None
+            got = "a symbolic link (cp -L makes a file of it)"
+            raise FormatError(f"{path}: must be a regular file, got {got}") from None
         raise
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -19,6 +19,7 @@ import hashlib
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ __all__ = [
     "directory_digest",
     "publish_directory",
     "published",
+    "remove_leftovers",
     "replace_file",
 ]
 
@@ -42,6 +44,7 @@ LATEST = "latest"
 MAX_VERSION = 10**15
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 PUBLISHED = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,99})@v(?P<version>[0-9]{1,16})-(?P<digest>[0-9a-f]{8})")
+LEFTOVER = re.compile(r"\..*\.[0-9]+\.[0-9a-f]{16}\.tmp", re.DOTALL)  # as _temporary names them
 # O_EXCL and O_NOFOLLOW: never write through something another process put there. 0o666 lets the umask decide.
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -82,7 +85,7 @@ def create_directory(path: str | os.PathLike[str], files: Mapping[str, Content])
     FileExistsError   If there is something at ``path``.
     OSError           As the system reports it. Nothing of the new directory is left (but see `replace_file`).
     """
-    target = Path(path)
+    target = Path(path).absolute()  # "." has no name of its own
     _check_names(files)
     with _opened(target.parent) as parent:
         with _temporary(target.name, parent, _remove_directory) as temporary:
@@ -156,6 +159,20 @@ def directory_digest(digests: Mapping[str, bytes]) -> str:
     """Return the hash that a published directory is named by: of its files' names and their sha256, sorted by name."""
     whole = b"".join(os.fsencode(name) + b"\0" + digest for name, digest in sorted(digests.items()))
     return hashlib.sha256(whole).hexdigest()
+
+
+def remove_leftovers(folder: str | os.PathLike[str], prefix: str = "") -> None:
+    """Remove what killed processes left half written in ``folder``, of files whose names begin with ``prefix``.
+
+    For a folder into which nobody else writes such files now.
+    """
+    with _opened(Path(folder)) as parent:
+        for name in os.listdir(parent):
+            if LEFTOVER.fullmatch(name) and name.startswith(f".{prefix}"):
+                if stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+                    _remove_directory(name, parent)
+                else:
+                    _unlink(name, parent)
 
 
 # ------------------------------------------------------------------ parts

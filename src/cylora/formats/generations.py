@@ -13,12 +13,12 @@ from cylora import checks
 from cylora.adapter import AdapterSet, LoraAdapter
 from cylora.errors import FormatError, InputError
 from cylora.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from cylora.formats.durable import remove_leftovers
 from cylora.trainer import LoraTrainer
 
 __all__ = ["list_generations", "load_generation", "save_generation"]
 
 NAME = re.compile(r"checkpoint-(?P<number>[0-9]{8,16})\.safetensors")
-LEFTOVER = re.compile(r"\.checkpoint-[0-9]{8,16}\.safetensors\.[0-9]+\.[0-9a-f]{16}\.tmp")
 logger = logging.getLogger("cylora")
 
 
@@ -46,8 +46,7 @@ def save_generation(
     present = list_generations(folder)
     number = present[-1][0] + 1 if present else 1
     path = Path(folder) / f"checkpoint-{number:08d}.safetensors"
-    for name in filter(LEFTOVER.fullmatch, os.listdir(folder)):  # else each kill would take a file's space for ever
-        (Path(folder) / name).unlink(missing_ok=True)
+    remove_leftovers(folder, "checkpoint-")  # else each kill would take a file's space for ever
     save_checkpoint(trainer, adapters, path, generation=number, rng=rng, extra=extra)
     for _, old in present[: len(present) + 1 - keep]:
         old.unlink(missing_ok=True)

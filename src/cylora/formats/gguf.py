@@ -28,12 +28,12 @@ from cylora.formats import durable, portable, strict_json
 from cylora.formats.container import read_regular
 from cylora.formats.weights import check_finite, narrowed
 
-__all__ = ["FAMILIES", "Family", "gguf_bytes", "save_gguf"]
+__all__ = ["FAMILIES", "BaseModel", "Family", "gguf_bytes", "save_gguf"]
 
 MAX_LAYERS = 1000  # the package makes a table of some 270 names for each
 MIN_ALPHA = float(np.finfo(np.float32).tiny)
 MODULE = re.compile(r"model\.layers\.(?P<layer>0|[1-9][0-9]{0,8})\.(?P<kind>[a-z_]+\.[a-z_]+)")
-# Input and output of each linear layer, in the words of _Base.sizes.
+# Input and output of each linear layer, in the words of BaseModel.sizes.
 LAYERS = {
     "self_attn.q_proj": ("hidden_size", "num_attention_heads * head_dim"),
     "self_attn.k_proj": ("hidden_size", "num_key_value_heads * head_dim"),
@@ -91,16 +91,21 @@ def save_gguf(
     InputError    If an argument breaks its rule, an adapter does not fit the base, or the package gguf is missing.
     FormatError   If the config is no regular file of strict JSON.
     OSError       If a file cannot be read or written. The old file at ``path``, if any, is untouched.
+
+    Notes
+    -----
+    While another thread steps these adapters, use ``trainer.hold(adapters, lambda _: ...)`` around the call, which
+    keeps steps away meanwhile: else half a step would be written.
     """
     durable.replace_file(path, gguf_bytes(adapters, base_config, dtype=dtype))
 
 
-def gguf_bytes(adapters: AdapterSet, base_config: BaseConfig, *, dtype: str = "float32") -> bytes:
+def gguf_bytes(adapters: AdapterSet, base_config: "BaseConfig | BaseModel", *, dtype: str = "float32") -> bytes:
     """Return the file that `save_gguf` writes; equal arguments give equal bytes."""
     if not isinstance(adapters, AdapterSet):
         raise InputError(f"adapters must be an AdapterSet, which names the modules, got {type(adapters).__name__}")
     check_finite(adapters)
-    base = _Base(base_config)
+    base = base_config if isinstance(base_config, BaseModel) else BaseModel(base_config)
     for name, adapter in adapters.items():
         base.check(name, adapter)
     folded = portable.fold(adapters)
@@ -119,8 +124,8 @@ def gguf_bytes(adapters: AdapterSet, base_config: BaseConfig, *, dtype: str = "f
 # ------------------------------------------------------------------ the base model
 
 
-class _Base:
-    """What the config of a base model says about its tensors."""
+class BaseModel:
+    """What the config of a base model says about its tensors: for those who write several adapters of one base."""
 
     def __init__(self, base_config: BaseConfig) -> None:
         self._config, self._place = _read(base_config)
@@ -211,7 +216,7 @@ def _read(base_config: BaseConfig) -> tuple[Mapping[str, Any], str]:
 # ------------------------------------------------------------------ the file
 
 
-def _file(base: _Base, alpha: float, tensors: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], dtype: str) -> bytes:
+def _file(base: BaseModel, alpha: float, tensors: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], dtype: str) -> bytes:
     try:
         gguf: Any = importlib.import_module("gguf")
     except ImportError as error:

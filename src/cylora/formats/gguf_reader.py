@@ -21,9 +21,8 @@ from cylora import checks
 from cylora.adapter import AdapterSet
 from cylora.config import MAX_ALPHA, LoraConfig
 from cylora.errors import FormatError
-from cylora.flat import FloatArray
 from cylora.formats.container import open_regular
-from cylora.formats.weights import from_bfloat16
+from cylora.formats.weights import check_count, widen
 
 __all__ = ["GGUF_MAGIC", "read_gguf"]
 
@@ -35,7 +34,6 @@ MAX_RANK = 4
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 DTYPES: dict[int, np.dtype[Any]] = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 30: np.dtype("<u2")}  # F32, F16, BF16
-BF16 = 30
 MAX_SIZE = 2**31
 PARTS = ("lora_a", "lora_b")
 REQUIRED = {"general.type": "adapter", "adapter.type": "lora"}
@@ -67,8 +65,10 @@ def read_gguf(path: str | os.PathLike[str]) -> tuple[AdapterSet, dict[str, Any]]
         rule = "a number in (0, 1e6] (llama.cpp takes 0 for 'do not scale')"
         alpha = checks.real(f"{path}: adapter.lora.alpha", alpha, rule, lambda x: 0 < x <= MAX_ALPHA, FormatError)
         pairs = _pairs(Path(path), tensors)
+        check_count(str(path), len(pairs), size)
+        configs = {rank: LoraConfig(rank=rank, alpha=alpha) for rank in {a.shape[0] for a, _ in pairs.values()}}
         adapters = AdapterSet.zeros(
-            {base: (a.shape[1], b.shape[0], LoraConfig(rank=a.shape[0], alpha=alpha)) for base, (a, b) in pairs.items()}
+            {base: (a.shape[1], b.shape[0], configs[a.shape[0]]) for base, (a, b) in pairs.items()}
         )
         for base, pair in pairs.items():
             for tensor, matrix in zip(pair, (adapters[base].a_matrix, adapters[base].b_matrix), strict=True):
@@ -76,13 +76,8 @@ def read_gguf(path: str | os.PathLike[str]) -> tuple[AdapterSet, dict[str, Any]]
                 raw = file.read(tensor.n_bytes)
                 if len(raw) != tensor.n_bytes:
                     raise FormatError(f"{path}: must have {size} bytes, got a file that was cut while it was read")
-                matrix[...] = _numbers(raw, tensor).reshape(tensor.shape)
+                widen(np.frombuffer(raw, DTYPES[tensor.kind]).reshape(tensor.shape), matrix)
     return adapters, {"architecture": fields.get("general.architecture"), "alpha": alpha}
-
-
-def _numbers(raw: bytes, tensor: _Tensor) -> FloatArray:
-    values = np.frombuffer(raw, DTYPES[tensor.kind])
-    return from_bfloat16(values) if tensor.kind == BF16 else values.astype(np.float32)
 
 
 def _pairs(path: Path, tensors: dict[str, _Tensor]) -> dict[str, tuple[_Tensor, _Tensor]]:

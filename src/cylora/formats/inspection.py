@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from cylora import checks
 from cylora.adapter import AdapterSet, LoraAdapter
 from cylora.errors import CyloraError, FormatError
 from cylora.formats.checkpoint import read_checkpoint
@@ -190,7 +189,7 @@ def _inspected(
         "bytes": file.stat().st_size,
         "sha256": _digest(file).hex(),
         "parameters": adapters.param_count(),
-        "finite": bool(np.isfinite(adapters.flat.vector).all()),
+        "finite": checks.first_nonfinite(adapters.flat.vector) is None,
     }
     described = {
         name: {

@@ -25,9 +25,9 @@ from cylora.errors import FormatError, InputError
 from cylora.formats import strict_json
 from cylora.formats.container import Tensor, TensorFile, content, read_regular
 from cylora.formats.durable import Content, create_directory
-from cylora.formats.peft_config import CONFIG_NAME, PLAIN, PeftConfig, parse_config, pattern_for, to_config
+from cylora.formats.peft_config import CONFIG_NAME, PLAIN, Pattern, PeftConfig, parse_config, to_config
 from cylora.formats.portable import fold
-from cylora.formats.weights import check_finite, from_bfloat16, narrowed
+from cylora.formats.weights import check_count, check_finite, narrowed, widen
 
 __all__ = ["TENSORS_NAME", "load_peft", "peft_files", "read_peft", "save_peft"]
 
@@ -55,6 +55,11 @@ def save_peft(
     InputError, ConfigError   As `peft_files` raises them. Nothing was written.
     FileExistsError           If there is something at ``path``; an empty directory may be.
     OSError                   If it cannot be written. Nothing of it is left.
+
+    Notes
+    -----
+    While another thread steps these adapters, use ``trainer.hold(adapters, lambda _: ...)`` around the call, which
+    keeps steps away meanwhile: else half a step would be written.
     """
     options = {"dtype": dtype, "portable": portable, "step": step, "base_model": base_model, "task_type": task_type}
     create_directory(path, peft_files(adapters, **options))  # type: ignore[arg-type]
@@ -69,12 +74,15 @@ def peft_files(
     base_model: str | None = None,
     task_type: str | None = None,
 ) -> dict[str, Content]:
-    """Return the files of a PEFT directory by name, for `save_peft` or `cylora.formats.durable.publish_directory`.
+    """Return the files of a PEFT directory by name, for `save_peft` or `cylora.formats.publish_directory`.
+
+    With float32 and one rank and scale their content is the adapters' own memory: no step may come between (see
+    `save_peft`) until it is written.
 
     Parameters
     ----------
     adapters : read only; their names are the paths of the modules in the model, such as
-        ``model.layers.0.self_attn.q_proj``. With float32 and one rank and scale the content is their own memory.
+        ``model.layers.0.self_attn.q_proj``.
     dtype : "float32", "float16" or "bfloat16", rounded to nearest.
     portable : fold mixed ranks, mixed alphas and rsLoRA into the weights, for servers that know one rank and alpha.
         False keeps them as PEFT's patterns, which few servers read.
@@ -186,6 +194,7 @@ def read_peft(path: str | os.PathLike[str]) -> tuple[AdapterSet, dict[str, Any]]
     config = parse_config(document, config_path)
     with TensorFile(folder / TENSORS_NAME) as file:
         pairs = _pairs(file)
+        check_count(str(file.path), len(pairs), file.size)
         members = _members(file, pairs, config)
         raw = file.read_all()
     facts = _own_facts(file, raw)
@@ -201,7 +210,7 @@ def read_peft(path: str | os.PathLike[str]) -> tuple[AdapterSet, dict[str, Any]]
         for name, matrix in zip(names, (adapters[module].a_matrix, adapters[module].b_matrix), strict=True):
             dtype = file.tensors[name].dtype
             values = np.frombuffer(found.pop(name), FLOATS[dtype]).reshape(matrix.shape)
-            matrix[...] = from_bfloat16(values) if dtype == "BF16" else values
+            widen(values, matrix)
     return adapters, facts
 
 
@@ -233,9 +242,9 @@ def _members(
     targets = tuple(dict.fromkeys(module.rpartition(".")[2] for module in pairs))
     members = {}
     configs: dict[tuple[int, float], LoraConfig] = {}
+    ranks, alphas = Pattern(config.rank_pattern), Pattern(config.alpha_pattern)
     for module, names in pairs.items():
-        rank = pattern_for(config.rank_pattern, module, config.rank)
-        alpha = pattern_for(config.alpha_pattern, module, config.alpha)
+        rank, alpha = ranks.value(module, config.rank), alphas.value(module, config.alpha)
         a, b = (_matrix(file, name) for name in names)
         for name, got, place in ((names[0], a, 0), (names[1], b, 1)):
             if got.shape[place] != rank:
@@ -271,4 +280,9 @@ def _own_facts(file: TensorFile, raw: bytes) -> dict[str, Any]:
     got = hashlib.sha256(memoryview(raw)[len(file.head) :]).hexdigest()
     if got != facts["sha256"]:
         raise FormatError(f"{place} must have the tensors' sha256, {got}, got {facts['sha256']!r:.80}: it is damaged")
-    return {"cylora": facts.get("version"), "steps": facts.get("step")}
+    version, step = facts.get("version"), facts.get("step")
+    if not isinstance(version, str | None):
+        raise FormatError(f"{place} version must be text, got {version!r:.80}")
+    if step is not None:
+        step = checks.integer(f"{place} step", step, 0, error=FormatError)
+    return {"cylora": version, "steps": step}

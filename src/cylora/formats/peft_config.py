@@ -9,7 +9,7 @@ from cylora import checks
 from cylora.config import MAX_ALPHA
 from cylora.errors import FormatError
 
-__all__ = ["CONFIG_NAME", "PLAIN", "PeftConfig", "parse_config", "pattern_for", "target_modules", "to_config"]
+__all__ = ["CONFIG_NAME", "PLAIN", "Pattern", "PeftConfig", "parse_config", "target_modules", "to_config"]
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -131,13 +131,27 @@ def _pattern(path: object, key: str, document: Mapping[str, Any]) -> Iterable[tu
         yield name, value
 
 
-def pattern_for(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """Return what a pattern says of a module: the first key that is its name or the end of it from a dot on."""
-    for key, value in pattern.items():
-        name = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
-        if module == name or (module.endswith(f".{name}") and not key.startswith("^")):
-            return value
-    return default
+class Pattern:
+    """A ``rank_pattern`` or ``alpha_pattern``: the first key counts that is a module's name or its end from a dot on.
+
+    Looked up by the ends of a name, since a file may have many keys and many modules.
+    """
+
+    def __init__(self, pattern: Mapping[str, Any]) -> None:
+        self._whole: dict[str, tuple[int, Any]] = {}
+        self._ends: dict[str, tuple[int, Any]] = {}
+        for place, (key, value) in enumerate(pattern.items()):
+            name = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
+            self._whole.setdefault(name, (place, value))
+            if not key.startswith("^"):
+                self._ends.setdefault(name, (place, value))
+
+    def value(self, module: str, default: Any) -> Any:
+        """Return what the pattern says of a module, or ``default``."""
+        parts = module.split(".")
+        ends = (self._ends.get(".".join(parts[start:])) for start in range(1, len(parts)))
+        found = [match for match in (self._whole.get(module), *ends) if match is not None]
+        return min(found, key=lambda match: match[0])[1] if found else default
 
 
 def target_modules(modules: Iterable[str]) -> list[str]:

@@ -52,9 +52,12 @@ def fold(adapters: Mapping[str, LoraAdapter]) -> Folded:
     configs = {_squared_scale(adapter.config): adapter.config for adapter in adapters.values()}
     counts = Counter(_squared_scale(adapter.config) for adapter in adapters.values())
 
+    alike: Counter[Fraction] = Counter()  # how many differ from one another by powers of four only
+    for scale, count in counts.items():
+        alike[_without_fours(scale)] += count
+
     def merit(scale: Fraction) -> tuple[int, int, Fraction]:
-        exact = sum(count for other, count in counts.items() if _is_power_of_four(other / scale))
-        return counts[scale], exact, scale
+        return counts[scale], alike[_without_fours(scale)], scale
 
     common = max(counts, key=merit)
     alpha = _alpha_at(configs[common], rank)
@@ -83,9 +86,11 @@ def _alpha_at(config: LoraConfig, rank: int) -> float:
     return config.alpha * (rank / config.rank) * (math.sqrt(config.rank) if config.use_rslora else 1.0)
 
 
-def _is_power_of_four(ratio: Fraction) -> bool:
-    exponent = (ratio.numerator.bit_length() - ratio.denominator.bit_length()) // 2
-    return ratio == Fraction(4) ** exponent
+def _without_fours(ratio: Fraction) -> Fraction:
+    """Return the ratio times the power of four that leaves two to the power of 0 or 1 in it."""
+    numerator, denominator = ratio.as_integer_ratio()
+    above, below = ((number & -number).bit_length() - 1 for number in (numerator, denominator))
+    return Fraction((numerator >> above) << ((above - below) % 2), denominator >> below)
 
 
 def _multiplied(name: str, b_matrix: FloatArray, factor: float) -> FloatArray:

@@ -7,12 +7,14 @@ from numpy.typing import NDArray
 
 from cylora import checks
 from cylora.adapter import AdapterSet, LoraAdapter
-from cylora.errors import InputError
+from cylora.errors import FormatError, InputError
 from cylora.flat import FloatArray
 
-__all__ = ["WEIGHT_DTYPES", "check_finite", "from_bfloat16", "narrowed", "require_finite"]
+__all__ = ["WEIGHT_DTYPES", "check_count", "check_finite", "most_adapters", "narrowed", "require_finite", "widen"]
 
 WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
+ADAPTER_OBJECTS = 2400  # bytes of Python objects for each adapter of a set, its arrays' memory aside
+MAX_OBJECTS = 40 * 2**20
 MAX_BFLOAT16_BITS = 0x7F7F  # the largest finite one; the next is infinity
 
 
@@ -54,6 +56,22 @@ def narrowed(name: str, matrix: FloatArray, dtype: str) -> NDArray[Any]:
     return rounded
 
 
-def from_bfloat16(bits: NDArray[np.uint16]) -> FloatArray:
-    """Return the bfloat16 numbers whose bits these are, as float32."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+def widen(values: NDArray[Any], matrix: FloatArray) -> None:
+    """Write what `narrowed` returned into a contiguous ``matrix`` of the same shape, without another copy."""
+    if values.dtype == np.uint16:
+        bits = matrix.view(np.uint32)
+        bits[...] = values
+        bits <<= np.uint32(16)
+    else:
+        matrix[...] = values
+
+
+def check_count(place: str, count: int, size: int) -> None:
+    """Raise FormatError if a file of ``size`` bytes lists more adapters than it may: their objects take memory too."""
+    if count > (most := most_adapters(size)):
+        raise FormatError(f"{place}: adapters must be at most {most} in a file of this size, got {count}")
+
+
+def most_adapters(size: int) -> int:
+    """Return how many adapters a file of ``size`` bytes may hold."""
+    return (MAX_OBJECTS + 2 * size) // ADAPTER_OBJECTS
