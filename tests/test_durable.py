@@ -86,7 +86,7 @@ def test_leftovers_of_killed_processes_are_removed_and_nothing_else(tmp_path: Pa
     (tmp_path / ".a\nfolder.22.0123456789abcdef.tmp").mkdir()
     (tmp_path / ".a\nfolder.22.0123456789abcdef.tmp" / "inside").write_bytes(b"half")
     (tmp_path / ".link.3.0123456789abcdef.tmp").symlink_to("file")
-    kept = ["file", ".file.tmp", ".file.1.0123456789abcde.tmp", "file.1.0123456789abcdef.tmp", ".x.1.0123456789ABCDEF.tmp"]
+    kept = ["file", ".f.tmp", ".f.1.0123456789abcde.tmp", "f.1.0123456789abcdef.tmp", ".f.1.0123456789ABCDEF.tmp"]
     for name in kept:
         (tmp_path / name).write_bytes(b"whole")
     remove_leftovers(tmp_path, "other")
