@@ -4,13 +4,14 @@ The suite runs once for each instruction set: ``CYLORA_ISA=baseline pytest`` and
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from numpy.typing import NDArray
 
-from cylora import optimizer
+from cylora import cli, optimizer
 
 CACHE_LINE = 64
 
@@ -31,6 +32,19 @@ def figures(record_property: Callable[[str, object], None]) -> Callable[..., Non
             record_property(name, number)
 
     return record
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """Return a function that runs the `cylora` command here and returns its exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> SimpleNamespace:
+        capfd.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return run
 
 
 def pytest_report_header() -> str:

@@ -76,19 +76,6 @@ def task(folder: Path) -> Callable[[str], None]:
     return add
 
 
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
-    """Return a function that runs the command here and returns its exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> SimpleNamespace:
-        capfd.readouterr()
-        code = cli.main([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return SimpleNamespace(code=code, out=out, err=err)
-
-    return run
-
-
 def contents(folder: Path) -> list[str]:
     """Return what is in a folder, once for all numbers and hashes in a name; links are not followed."""
     paths = [Path(parent, name) for parent, dirs, files in os.walk(folder) for name in dirs + files]

@@ -1,5 +1,6 @@
 """`cylora bench`: what it prints and writes, that it notices a wrong result, and the NumPy steps it measures with."""
 
+import functools
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cylora import _cli_bench, _cli_numpy, cli
+from cylora import _cli_bench, _cli_numpy
 from cylora._cli_bench import CYLORA, IN_PLACE, NAIVE
 
 SHAPE = (16, 8, 8)
@@ -21,16 +22,9 @@ LINE = r"^ *([\d,]+) +([\d,.]+) +([\d,.]+) +([\d.]+)x +([\d,.]+) +([\d.]+)x$"
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+def run(run: Callable[..., SimpleNamespace]) -> Callable[..., SimpleNamespace]:
     """Return a function that runs `cylora bench` here and returns its exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> SimpleNamespace:
-        capfd.readouterr()
-        code = cli.main(["bench", *map(str, arguments)])
-        out, err = capfd.readouterr()
-        return SimpleNamespace(code=code, out=out, err=err)
-
-    return run
+    return functools.partial(run, "bench")
 
 
 @pytest.fixture

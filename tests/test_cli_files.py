@@ -18,7 +18,7 @@ from test_inspection import REFUSED, change_weight, killed_run, trained
 from training import make_adapter, make_set, make_trainer
 
 import cylora
-from cylora import AdapterSet, LoraConfig, cli
+from cylora import AdapterSet, LoraConfig
 from cylora.formats import durable, gguf_reader, inspection
 from cylora.formats.checkpoint import save_checkpoint
 from cylora.formats.durable import publish_directory
@@ -47,19 +47,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
-    """Return a function that runs the command here and returns its exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> SimpleNamespace:
-        capfd.readouterr()
-        code = cli.main([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return SimpleNamespace(code=code, out=out, err=err)
-
-    return run
 
 
 @pytest.fixture

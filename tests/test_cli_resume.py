@@ -17,18 +17,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from test_cli import COMMAND, ENVIRONMENT
 
-import cylora
-from cylora import LoraTrainer, LoraTrainingConfig, _cli_train, cli
+from cylora import LoraTrainer, LoraTrainingConfig, _cli_train
 from cylora._cli_run_folder import RunFolder
 from cylora.errors import FormatError
 from cylora.formats import list_generations, load_checkpoint, load_generation, save_generation
 from cylora.tasks.progress import Progress
 from cylora.tasks.run import TrainingRun
 
-COMMAND = [sys.executable, "-c", "import sys; from cylora.cli import main; sys.exit(main())"]
-# Where the package under test is imported from, for the processes that tests start elsewhere.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(cylora.__file__).parent.parent), "OPENBLAS_NUM_THREADS": "1"}
 OUTPUTS = ["adapters/latest/adapter_config.json", "adapters/latest/adapter_model.safetensors", "history.jsonl"]
 
 TASK = """
@@ -67,17 +64,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
-    """Return a function that runs the command here, with the user's module fresh, and returns what it gave."""
+def run(run: Callable[..., SimpleNamespace]) -> Callable[..., SimpleNamespace]:
+    """Return the function of that name, with the user's module fresh at each call."""
 
-    def run(*arguments: object) -> SimpleNamespace:
-        capfd.readouterr()
+    def run_afresh(*arguments: object) -> SimpleNamespace:
         sys.modules.pop("mine", None)
-        code = cli.main([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return SimpleNamespace(code=code, out=out, err=err)
+        return run(*arguments)
 
-    return run
+    return run_afresh
 
 
 @pytest.fixture
@@ -206,6 +200,27 @@ def test_complete_run_only_writes_its_outputs_again(
     (whole / "adapters" / "latest").unlink()
     assert run("train", "--resume", "whole", "--quiet").code == 0
     assert {name: (whole / name).read_bytes() for name in kept} == kept
+
+
+def test_adapters_older_than_the_checkpoint_are_published_anew(
+    run: Callable[..., SimpleNamespace], folder: Path, whole: Path
+) -> None:
+    """As after a kill between the last checkpoint and the adapters."""
+    stop_at(30)
+    run("train", "--task", "mine:Task", "--output", "cut", *STEPS)
+    latest = folder / "cut" / "adapters" / "latest"
+    older = os.readlink(latest)
+    stop_at(None)
+    assert run("train", "--resume", "cut").code == 0
+    newer = latest.resolve()
+    latest.unlink()
+    latest.symlink_to(older)
+    for path in newer.iterdir():
+        path.unlink()
+    newer.rmdir()
+    assert run("train", "--resume", "cut").code == 0
+    assert os.readlink(latest) == newer.name
+    assert_same_outputs(whole, folder / "cut", OUTPUTS)
 
 
 def test_a_run_may_be_made_longer(run: Callable[..., SimpleNamespace], folder: Path) -> None:

@@ -15,7 +15,7 @@ from cylora import LoraTrainer, __version__
 from cylora._cli_run_folder import CONFIG, RunFolder, reason
 from cylora.config import thread_count
 from cylora.errors import CyloraError, FormatError, InputError
-from cylora.formats.durable import publish_directory, published, replace_file
+from cylora.formats.durable import LATEST, content_digest, publish_directory, published, replace_file
 from cylora.formats.generations import list_generations, load_generation, save_generation
 from cylora.formats.inspection import ADAPTERS, CHECKPOINTS
 from cylora.formats.peft import peft_files
@@ -166,8 +166,7 @@ class _Session:
         problems: list[CyloraError | None] = [failure]
         if run.steps_done != self._loaded_steps:  # else it is saved already, and an older generation would go for it
             problems.append(self._write_checkpoint(run))
-        if run.steps_done != self._loaded_steps or not folder.has_outputs:
-            problems.append(folder.write(ADAPTERS, lambda path: self._publish(run, path)))
+        problems.append(folder.write(ADAPTERS, lambda path: self._publish(run, path)))
         problems.append(folder.write("history.jsonl", lambda path: replace_file(path, history.getvalue().encode())))
         if failure is None:
             try:
@@ -185,6 +184,8 @@ class _Session:
         """Publish under the next number: the same step may come again with other settings, or another cylora."""
         versions = [int(one.name.partition("@v")[2].partition("-")[0]) for one in published(path, "adapter")]
         files = peft_files(self._task.adapters, step=run.steps_done)
+        if self._folder.has_outputs and os.readlink(path / LATEST).endswith(f"-{content_digest(files)[:8]}"):
+            return  # as they are already; what may be older than the checkpoint, when a run was killed, is not
         publish_directory(path, "adapter", max(versions, default=0) + 1, files, keep=2)
 
 

@@ -316,9 +316,8 @@ class AdapterSet(Mapping[str, LoraAdapter]):
         return new
 
     def _copy(self, adapters: Mapping[str, LoraAdapter]) -> None:
-        if not isinstance(adapters, Mapping) or not adapters:
-            got = "none" if isinstance(adapters, Mapping) else type(adapters).__name__
-            raise ConfigError(f"an AdapterSet must hold at least one adapter by name, got {got}")
+        if not isinstance(adapters, Mapping):
+            raise ConfigError(f"an AdapterSet must hold at least one adapter by name, got {type(adapters).__name__}")
         for name, one in adapters.items():
             if not isinstance(one, LoraAdapter):
                 raise ConfigError(f"adapters[{name!r}] must be a LoraAdapter, got {type(one).__name__}")

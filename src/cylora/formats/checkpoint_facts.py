@@ -14,7 +14,7 @@ from cylora.formats.container import TensorFile
 from cylora.formats.weights import check_count, most_adapters
 from cylora.trainer import TrainerState
 
-__all__ = ["DIGEST", "Facts", "Member", "check_readable", "describe", "is_checkpoint", "read_facts"]
+__all__ = ["DIGEST", "Facts", "Member", "check_readable", "describe", "read_facts"]
 
 SCHEMA = 1
 DIGEST = "sha256"  # the last tensor
@@ -29,7 +29,7 @@ class Facts(NamedTuple):
 
     Attributes
     ----------
-    schema, version, generation : of the file, of the cylora that wrote it, as its caller numbered it.
+    version, generation : of the cylora that wrote it, as its caller numbered it.
     is_set : False for a lone LoraAdapter.
     members : name to (d_in, d_out, LoraConfig), in the order of the vectors.
     training : fields of LoraTrainingConfig; ``schedule`` is None where it was a function.
@@ -39,7 +39,6 @@ class Facts(NamedTuple):
     origin, extra, rng : as `save_checkpoint` got them; ``rng`` encoded, or None.
     """
 
-    schema: int
     version: str
     generation: int
     is_set: bool
@@ -123,17 +122,11 @@ def _readable(name: str, value: Mapping[str, Any]) -> str:
 def check_readable(metadata: Mapping[str, str], count: int, size: int) -> None:
     """Raise InputError unless the metadata of a file of this size, with so many adapters, could be read back."""
     try:
-        for key, text in metadata.items():  # a name may be no text, or there may be too many
-            strict_json.parse(text.encode(), key)
+        strict_json.parse(metadata[FACTS].encode(), FACTS)  # a name may be no text, or there may be too many
     except FormatError as error:
         raise InputError(f"the adapters' names and configs must fit a checkpoint ({error})") from None
     if count > (most := most_adapters(size)):
         raise InputError(f"adapters must be at most {most} in a checkpoint of {size} bytes, got {count}")
-
-
-def is_checkpoint(file: TensorFile) -> bool:
-    """Return whether an open file says that it is one."""
-    return FACTS in file.metadata
 
 
 def read_facts(file: TensorFile) -> Facts:
@@ -180,7 +173,6 @@ class _Reader:
             if settings[key] != saved and (key != "state_dtype" or adam is not None):
                 raise self._error(f"{key} must be {saved!r} in training too", repr(settings[key])[:80])
         return Facts(
-            schema=schema,
             version=version,
             generation=self._integer("generation", generation, 0),
             is_set=is_set,

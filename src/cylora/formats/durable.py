@@ -30,6 +30,7 @@ from cylora.errors import InputError
 __all__ = [
     "LATEST",
     "Content",
+    "content_digest",
     "create_directory",
     "directory_digest",
     "publish_directory",
@@ -161,6 +162,17 @@ def directory_digest(digests: Mapping[str, bytes]) -> str:
     return hashlib.sha256(whole).hexdigest()
 
 
+def content_digest(files: Mapping[str, Content]) -> str:
+    """Return the hash that a directory with these files would be published by."""
+    digests = {}
+    for name, content in files.items():
+        digest = hashlib.sha256()
+        for part in _parts(content):
+            digest.update(part)
+        digests[name] = digest.digest()
+    return directory_digest(digests)
+
+
 def remove_leftovers(folder: str | os.PathLike[str], prefix: str = "") -> None:
     """Remove what killed processes left half written in ``folder``, of files whose names begin with ``prefix``.
 
@@ -224,7 +236,7 @@ def _temporary(name: str, parent: int, remove: Callable[[str, int], None]) -> It
 def _fill(descriptor: int, content: Content, digest: Any = None) -> None:
     """Write every byte, sync, and close, whatever happens."""
     try:
-        for part in (content,) if isinstance(content, bytes) else content:
+        for part in _parts(content):
             rest = memoryview(part)
             rest = rest.cast("B") if rest.nbytes else rest[:0]  # bytes, or a short write would skip whole elements
             if digest is not None:
@@ -237,6 +249,10 @@ def _fill(descriptor: int, content: Content, digest: Any = None) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _parts(content: Content) -> Sequence[bytes | memoryview]:
+    return (content,) if isinstance(content, bytes) else content
 
 
 def _check_names(files: Mapping[str, Content]) -> None:
