@@ -1,6 +1,6 @@
 """Moments: Adam's running means m and v of all parameters, in one of three forms."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -33,23 +33,33 @@ def _from_codes(codes: NDArray[Any], exponents: NDArray[np.uint8]) -> FloatArray
     return np.where(codes < 0, -values, values)
 
 
+def _as_sizes(sizes: int | Sequence[int]) -> tuple[int, ...]:
+    return (sizes,) if isinstance(sizes, int) else tuple(sizes)
+
+
+def _chunks(sizes: tuple[int, ...]) -> int:
+    return sum(-(-size // CHUNK) for size in sizes)
+
+
 class Moments:
     """First and second raw moments, not bias-corrected, zero at first.
 
     Parameters
     ----------
-    size : int
+    sizes : int or sequence of int
+        How many parameters; in parts that follow rules of their own, how many each has. Chunks begin anew in each part.
     dtype : "float32", "bfloat16" or "8bit"
         8, 4 or 2.01 bytes for each parameter. What the compact forms do is in `LoraTrainingConfig.state_dtype`.
     """
 
-    __slots__ = ("dtype", "m_exponents", "size", "stored_m", "stored_v", "v_exponents")
+    __slots__ = ("dtype", "m_exponents", "size", "sizes", "stored_m", "stored_v", "v_exponents")
 
-    def __init__(self, size: int, dtype: str = "float32") -> None:
-        self.size, self.dtype = size, dtype
+    def __init__(self, sizes: int | Sequence[int], dtype: str = "float32") -> None:
+        self.sizes, self.dtype = _as_sizes(sizes), dtype
+        self.size = size = sum(self.sizes)
         self.stored_m: NDArray[Any] = aligned_zeros(size, STORED[dtype][0], phase=2)
         self.stored_v: NDArray[Any] = aligned_zeros(size, STORED[dtype][1], phase=3)
-        chunks = -(-size // CHUNK) if dtype == "8bit" else 0
+        chunks = _chunks(self.sizes) if dtype == "8bit" else 0
         self.m_exponents: NDArray[np.uint8] = np.zeros(chunks, np.uint8)
         self.v_exponents: NDArray[np.uint8] = np.zeros(chunks, np.uint8)
 
@@ -61,12 +71,12 @@ class Moments:
     @property
     def m(self) -> FloatArray:
         """First moments, float32, read-only: a live view, or of compact state a decoded copy."""
-        return self._decoded(self.stored_m, self.m_exponents)
+        return self._shown(self.stored_m, self.m_exponents)
 
     @property
     def v(self) -> FloatArray:
         """Second moments, likewise."""
-        return self._decoded(self.stored_v, self.v_exponents)
+        return self._shown(self.stored_v, self.v_exponents)
 
     @property
     def nbytes(self) -> int:
@@ -78,16 +88,16 @@ class Moments:
         return {"dtype": self.dtype} | {name: array.copy() for name, array in self.arrays().items()}
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, Any], size: int) -> Self:
-        """Return the moments of ``size`` parameters that made ``state``, or raise StateError."""
+    def from_dict(cls, state: Mapping[str, Any], sizes: int | Sequence[int]) -> Self:
+        """Return the moments of parts of these sizes that made ``state``, or raise StateError."""
         dtype = state.get("dtype")
         if not isinstance(dtype, str) or dtype not in STATE_DTYPES:
             raise StateError(f"adam dtype must be one of {', '.join(map(repr, STATE_DTYPES))}, got {dtype!r}")
-        forms = cls.forms(size, dtype)
+        forms = cls.forms(sizes, dtype)
         checks.items("adam moments", state, ("dtype", *forms), StateError)
         # Before memory is taken: the size is only what a layout claims.
         given = [checks.array(f"adam {name}", state[name], *form, StateError) for name, form in forms.items()]
-        moments = cls(size, dtype)
+        moments = cls(sizes, dtype)
         for mine, array in zip(moments.arrays().values(), given, strict=True):
             mine[...] = array
         moments.check()
@@ -100,21 +110,42 @@ class Moments:
         return stored | exponents if self.dtype == "8bit" else stored
 
     @staticmethod
-    def forms(size: int, dtype: str) -> dict[str, tuple[Any, tuple[int, ...]]]:
-        """Return name, dtype and shape of the arrays that store the moments of ``size`` parameters."""
+    def forms(sizes: int | Sequence[int], dtype: str) -> dict[str, tuple[Any, tuple[int, ...]]]:
+        """Return name, dtype and shape of the arrays that store the moments of parts of these sizes."""
+        sizes = _as_sizes(sizes)
+        size = sum(sizes)
         forms: dict[str, tuple[Any, tuple[int, ...]]] = {
             name: (stored, (size,)) for name, stored in zip("mv", STORED[dtype], strict=True)
         }
-        chunks = (np.uint8, (-(-size // CHUNK),))
+        chunks = (np.uint8, (_chunks(sizes),))
         return forms | ({"m_exponents": chunks, "v_exponents": chunks} if dtype == "8bit" else {})
 
-    def _decoded(self, stored: NDArray[Any], exponents: NDArray[np.uint8]) -> FloatArray:
+    def _shown(self, stored: NDArray[Any], exponents: NDArray[np.uint8]) -> FloatArray:
+        values: FloatArray
         if self.dtype == "float32":
-            values: FloatArray = stored.view()
+            values = stored.view()
         else:
-            values = _from_bfloat16(stored) if self.dtype == "bfloat16" else _from_codes(stored, exponents)
+            decoded = [self._decoded(stored, exponents, *where) for where in self._ranges(PART)]
+            values = np.concatenate(decoded) if decoded else np.zeros(0, np.float32)
         values.flags.writeable = False
         return values
+
+    def _decoded(self, stored: NDArray[Any], exponents: NDArray[np.uint8], where: slice, chunks: slice) -> FloatArray:
+        if self.dtype == "float32":
+            plain: FloatArray = stored[where]
+            return plain
+        if self.dtype == "bfloat16":
+            return _from_bfloat16(stored[where])
+        return _from_codes(stored[where], exponents[chunks])
+
+    def _ranges(self, most: int) -> Iterator[tuple[slice, slice]]:
+        """Yield what lies together, at most ``most`` elements (a multiple of CHUNK): elements, and their chunks."""
+        begin = chunk = 0
+        for size in self.sizes:
+            for start in range(0, size, most):
+                stop = min(start + most, size)
+                yield slice(begin + start, begin + stop), slice(chunk + start // CHUNK, chunk + -(-stop // CHUNK))
+            begin, chunk = begin + size, chunk + _chunks((size,))
 
     def check(self) -> None:
         """Raise StateError unless every moment is finite and v is not negative."""
@@ -123,10 +154,9 @@ class Moments:
             largest = int(getattr(self, name).max(initial=0))
             if largest > limit:
                 raise StateError(f"adam {name} must be at most {limit}, got {largest}")
-        for start in range(0, self.size, PART):  # compact forms, decoded whole, would take more memory than the moments
-            kept, chunks = slice(start, start + PART), slice(start // CHUNK, (start + PART) // CHUNK)
-            m = self._decoded(self.stored_m[kept], self.m_exponents[chunks])
-            v = self._decoded(self.stored_v[kept], self.v_exponents[chunks])
+        for where in self._ranges(PART):  # compact forms, decoded whole, would take more memory than the moments
+            m = self._decoded(self.stored_m, self.m_exponents, *where)
+            v = self._decoded(self.stored_v, self.v_exponents, *where)
             for name, values in (("m", m), ("v", v)):
                 if not np.isfinite(values).all():
                     raise StateError(f"adam {name} must be finite, got {values[~np.isfinite(values)][0]}")

@@ -21,14 +21,13 @@ cdef double power(double base, int64_t exponent) noexcept nogil:
     return result
 
 
-cdef api void adam_scalars(AdamStep* step, const AdamRule* rule, double rate, double clip, int64_t t) noexcept nogil:
+cdef api void adam_scalars(AdamScalars* scalars, const AdamRule* rule, double rate, double clip, int64_t t) noexcept nogil:
     """Derive the scalars of step t (1-based) at learning rate ``rate`` in float64; round each once.
 
     The step size is folded into the denominator: rate/bc1 * m / (sqrt(v)/sqrt(bc2) + eps)
     = m / (sqrt(v) * root_scale + offset). That spares a multiplication and a rounding. A rate below 1e-18 would overflow
     the quotients and moves no float32 weight that is not itself below 1e-17: it counts as 0, where the denominator is infinite.
     """
-    cdef AdamScalars* scalars = &step.scalars
     cdef double bc1 = 1.0 - power(rule.beta1, t)
     cdef double bc2 = 1.0 - power(rule.beta2, t)
     scalars.clip_scale = <float> clip
@@ -44,8 +43,7 @@ cdef api void adam_scalars(AdamStep* step, const AdamRule* rule, double rate, do
             scalars.offset = FLT_MIN
     scalars.decay = <float> (rule.weight_decay if rule.l2 else rate * rule.weight_decay)
     scalars.l2 = rule.l2
-    if step.moments.kind != FLOAT32:
-        draw_noise(step, t)
+    scalars.noise_key = mix(<uint64_t> t)
 
 
 cdef enum:
@@ -177,7 +175,7 @@ cdef inline void update_chunks(
     if s.kind == FLOAT32:
         update_float32(step.p + start, g, <float*> s.m + start, <float*> s.v + start, n, step.scalars, l2, mode)
         return
-    shift = noise_at(step.scalars.noise_key, chunk)
+    shift = noise_at(step.scalars.noise_key, step.first_chunk + chunk)
     if s.kind == BFLOAT16:
         update_bfloat16(
             step.p + start, g, <uint16_t*> s.m + start, <uint16_t*> s.v + start, n,
@@ -215,6 +213,13 @@ cdef void update_quiet_chunk(const AdamStep* step, Py_ssize_t start, in_floats g
         update_chunks(step, start, g, n, False, QUIET)
 
 
+cdef void follow(out_floats average, in_floats p, Py_ssize_t n, float weight) noexcept nogil:
+    """Move a running average towards the parameters, in increment form."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        average[i] = average[i] + weight * (p[i] - average[i])
+
+
 cdef api void update_blocks(const AdamStep* step, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """Do the step for blocks first..last-1: any number of threads may share them.
 
@@ -238,6 +243,8 @@ cdef api void update_blocks(const AdamStep* step, Py_ssize_t first, Py_ssize_t l
                 update_chunks(step, start, g, live, True, LIVE)
             else:
                 update_chunks(step, start, g, live, False, LIVE)
+            if step.average != NULL:  # while the parameters are in the cache
+                follow(step.average + start, step.p + start, live, step.scalars.average_weight)
             start += live
             g += live
             n -= live

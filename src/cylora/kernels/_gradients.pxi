@@ -206,12 +206,12 @@ cdef api void square_blocks(const AdamStep* step, Py_ssize_t first, Py_ssize_t l
         step.block_sums[block] = fold(lanes)
 
 
-cdef api double norm_of_blocks(const AdamStep* step, double divisor) noexcept nogil:
+cdef api double norm_of_blocks(const double* block_sums, Py_ssize_t blocks, double divisor) noexcept nogil:
     """L2 norm of the gradient over ``divisor``, from the sums of all blocks."""
     cdef double total = 0.0
     cdef Py_ssize_t block
-    for block in range((step.n + BLOCK - 1) // BLOCK):
-        total += step.block_sums[block]
+    for block in range(blocks):
+        total += block_sums[block]
     return sqrt(total) / divisor
 
 

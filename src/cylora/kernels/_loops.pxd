@@ -50,6 +50,7 @@ cdef struct AdamScalars:    # what one step needs, each rounded once from float6
     float decay             # decoupled: rate * weight_decay; l2: weight_decay
     bint l2
     uint64_t noise_key      # of this step's rounding noise
+    float average_weight    # of the new parameters in their running average
 
 cdef struct AdamStep:       # one step over one flat vector
     float* p
@@ -57,19 +58,22 @@ cdef struct AdamStep:       # one step over one flat vector
     Gradient gradient
     Moments moments
     AdamScalars scalars
-    uint32_t* noise         # (CHUNK,): needed by compact moments only
+    const uint32_t* noise   # (CHUNK,), of noise_key: needed by compact moments only
+    Py_ssize_t first_chunk  # where this vector's chunks begin in the sequence that the noise is a function of
     double* block_sums      # (ceil(n / BLOCK),): written by square_blocks
+    float* average          # (n,): exponential moving average of the parameters, or NULL
 
 cdef struct Loops:          # one instruction set's loops
     void (*norm_begin)(NormState*) noexcept nogil
     void (*norm_add)(NormState*, const void*, Py_ssize_t, int) noexcept nogil
     double (*norm_finish)(const NormState*) noexcept nogil
     void (*square_blocks)(const AdamStep*, Py_ssize_t, Py_ssize_t) noexcept nogil
-    double (*norm_of_blocks)(const AdamStep*, double) noexcept nogil
+    double (*norm_of_blocks)(const double*, Py_ssize_t, double) noexcept nogil
     Py_ssize_t (*first_nonfinite)(const void*, Py_ssize_t, int) noexcept nogil
     double (*value_at)(const void*, Py_ssize_t, int) noexcept nogil
     double (*clip_scale)(double, double, double) noexcept nogil
     void (*scale)(float*, Py_ssize_t, double) noexcept nogil
     void (*accumulate)(float*, const void*, Py_ssize_t, int, double) noexcept nogil
-    void (*adam_scalars)(AdamStep*, const AdamRule*, double, double, int64_t) noexcept nogil
+    void (*adam_scalars)(AdamScalars*, const AdamRule*, double, double, int64_t) noexcept nogil
+    void (*draw_noise)(uint32_t*, Py_ssize_t, uint64_t) noexcept nogil
     void (*update_blocks)(const AdamStep*, Py_ssize_t, Py_ssize_t) noexcept nogil

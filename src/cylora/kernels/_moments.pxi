@@ -45,9 +45,9 @@ cdef extern from *:
     uint16_t v_to_bfloat16 "cylora_v_to_bfloat16"(float v, uint32_t noise, uint32_t shift) noexcept nogil
 
 
-cdef void draw_noise(AdamStep* step, int64_t t) noexcept nogil:
-    step.scalars.noise_key = mix(<uint64_t> t)
-    fill_noise(step.noise, min(step.n, CHUNK), step.scalars.noise_key)
+cdef api void draw_noise(uint32_t* noise, Py_ssize_t n, uint64_t key) noexcept nogil:
+    """Fill the table that chunks of up to n elements take their noise from, for steps with this ``noise_key``."""
+    fill_noise(noise, min(n, CHUNK), key)
 
 
 # The 8-bit codes of up to one chunk, to and from float32. The AVX2 blocks do what the loops after them do, which GCC turns

@@ -2,26 +2,15 @@
 
 from cpython.buffer cimport Py_buffer
 from libc.stdint cimport int64_t, uint8_t
-from cylora.kernels._loops cimport AdamRule, AdamStep
-
-cdef struct Task:
-    AdamStep step
-    AdamRule rule
-    double max_norm
-    double norm_limit           # above it nothing is applied
-    int64_t t                   # steps applied
-    int threads
-    double rate
-    double divisor              # of the gradient, before anything else
-    double norm                 # OUT, from here on
-    bint is_applied
-    Py_ssize_t nonfinite_index  # of the first element that is not finite, or -1
-    double nonfinite_value
-
-cdef void carry_out(Task* task) noexcept nogil
+from cylora.kernels._loops cimport AdamRule, Gradient
+from cylora.kernels.task cimport Part, Task
 
 cdef class PreparedAdam:
     cdef Task task
+    cdef Part whole                 # the only part, where there is but one
+    cdef Gradient gradient          # what the caller lends, as one vector
+    cdef Py_ssize_t n               # parameters, trained or not
+    cdef float* parameters
     cdef readonly bint busy
     cdef readonly bint reporting
     cdef bint skips
@@ -31,11 +20,10 @@ cdef class PreparedAdam:
     cdef Py_ssize_t rows_a, columns_a, rows_b, columns_b
     cdef Py_buffer grads[2]
     cdef int held
-    cdef const void* starts[5]      # what a gradient must not overlap
-    cdef Py_ssize_t sizes[5]
+    cdef const void* starts[6]      # what a gradient must not overlap
+    cdef Py_ssize_t sizes[6]
     cdef int regions
-    cdef float[::1] _parameters
-    cdef tuple _moments
+    cdef tuple _kept                # whose memory the task points into
     # What `attach`, `attach_report` and `attach_pending` set: the schedule, and where steps and micro-batches are recorded.
     cdef object schedule
     cdef int64_t steady_from
@@ -64,7 +52,11 @@ cdef class PreparedAdam:
     cdef int announce(self, object record) except -1
     cdef int _prepare(self, object loss, object grad_a, object grad_b, bint accumulated) except -1
     cdef int _take(self, tuple buffers) except -1
+    cdef int _lay_parts(self, object parts, AdamRule rule, int64_t t) except -1
+    cdef int _lend_moments(
+        self, int kind, uint8_t[::1] m, uint8_t[::1] v, uint8_t[::1] m_exponents, uint8_t[::1] v_exponents) except -1
     cdef int _borrow(self, object grad_a, object grad_b) except -1
+    cdef void _hand_out(self) noexcept
     cdef void _keep_apart(self, const void* start, Py_ssize_t size) noexcept
     cdef int _check_apart(self, str name, const Py_buffer* view) except -1
     cdef double _scheduled(self, int64_t step) except? -1.0

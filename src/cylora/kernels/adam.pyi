@@ -1,9 +1,7 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from typing_extensions import disjoint_base
-
-__pyx_capi__: dict[str, object]  # what adam.pxd declares, for cimport
 
 def _count_fork() -> None: ...
 @disjoint_base
@@ -36,6 +34,9 @@ class PreparedAdam:
         skips: bool = False,
         shape_a: tuple[int, int] = (-1, -1),
         shape_b: tuple[int, int] = (-1, -1),
+        parts: Sequence[tuple[int, int, float, float]] | None = None,
+        average: Any = None,
+        average_weight: float = 0.0,
     ) -> None: ...
     def attach(
         self, schedule: Callable[[int], float], steady_from: int | None, record_type: type, history: Any

@@ -20,7 +20,7 @@ from cylora.kernels._fpenv cimport fp_enter, fp_leave
 from cylora.kernels._loops cimport BLOCK, CHUNK, EIGHT_BIT, FLOAT32, AdamRule, Moments, Piece
 from cylora.kernels.buffers cimport acquire_gradient, overlap
 from cylora.kernels.dispatch cimport loops
-from cylora.kernels.threads cimport close_team, open_team, share
+from cylora.kernels.task cimport Part, carry_out, lay_out, measure
 
 from cylora.errors import InputError, StateError, TrainerBusyError
 
@@ -48,124 +48,75 @@ cdef enum:
     # a step of a small adapter, and other threads could do nothing in between.
     GIL_SIZE = 8192
 
-# One thread's work in microseconds for each element, inside the caches: what a second thread is worth is judged by it.
-cdef double NORM_US = 0.08e-3, UPDATE_US = 0.3e-3
-
-
-cdef void _square(void* context, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
-    loops.square_blocks(&(<Task*> context).step, first, last)
-
-
-cdef void _update(void* context, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
-    loops.update_blocks(&(<Task*> context).step, first, last)
-
-
-cdef void _find_nonfinite(Task* task) noexcept nogil:
-    cdef Py_ssize_t found, offset = 0
-    cdef int i
-    for i in range(task.step.gradient.count):
-        piece = &task.step.gradient.pieces[i]
-        found = loops.first_nonfinite(piece.start, piece.n, piece.kind)
-        if found >= 0:
-            task.nonfinite_index = offset + found
-            task.nonfinite_value = loops.value_at(piece.start, found, piece.kind)
-            return
-        offset += piece.n
-
-
-cdef void _finish_norm(Task* task) noexcept nogil:
-    task.norm = loops.norm_of_blocks(&task.step, task.divisor)
-    task.nonfinite_index = -1
-    if task.norm - task.norm != 0.0:
-        _find_nonfinite(task)
-
-
-cdef void carry_out(Task* task) noexcept nogil:
-    """Take the norm and, if it is within the limit, do the update. Within `fp_enter`."""
-    cdef Py_ssize_t blocks = (task.step.n + BLOCK - 1) // BLOCK
-    cdef bint has_team = task.threads > 1 and open_team(task.threads, task.step.n * (NORM_US + UPDATE_US))
-    if has_team:
-        share(_square, task, blocks, 4)
-    else:
-        loops.square_blocks(&task.step, 0, blocks)
-    _finish_norm(task)
-    task.is_applied = task.norm <= task.norm_limit
-    if task.is_applied:
-        task.t += 1
-        loops.adam_scalars(
-            &task.step, &task.rule, task.rate, loops.clip_scale(task.norm, task.max_norm, task.divisor), task.t)
-        if has_team:
-            share(_update, task, blocks, 1)
-        else:
-            loops.update_blocks(&task.step, 0, blocks)
-    if has_team:
-        close_team()
-
 
 cdef class PreparedAdam:
     """Adam state over the flat vector ``parameters`` (written), with its ``moments`` (written).
 
     ``moments`` is (kind, m, v, exponents of m, exponents of v): the number of a storage kind in _loops.pxd, and the arrays'
-    bytes as uint8 vectors (exponents: empty but for 8-bit moments). ``shape_a`` and ``shape_b`` are those of the two
-    matrices that lie one after the other in the vector when gradients come as a pair; without them there is only the flat
-    form. ``skips``: a step whose gradient cannot be applied is recorded as skipped, not refused. A subclass gives the
-    answers to what is out of the ordinary: ``refusal(norm, limit)``, ``to_loss(x)``, ``to_rate(x)``.
+    bytes as uint8 vectors (exponents: empty but for 8-bit moments). ``parts``: (start, size, factor on the rate, weight
+    decay) of what is trained, in the order of the vector; None is one part, everything. The moments are those of the parts,
+    one after the other. ``average``: where a running average of the parameters is kept (written), of the same length.
+    ``shape_a`` and ``shape_b`` are those of the two matrices that lie one after the other in the vector when gradients come
+    as a pair; without them there is only the flat form. ``skips``: a step whose gradient cannot be applied is recorded as
+    skipped, not refused. A subclass gives the answers to what is out of the ordinary: ``refusal(norm, limit)``,
+    ``to_loss(x)``, ``to_rate(x)``.
     """
 
     def __init__(
         self, float[::1] parameters not None, tuple moments not None, *,
         double beta1, double beta2, double eps, double weight_decay, bint l2, double max_grad_norm, double norm_limit,
         double max_rate=1e6, int64_t t=0, int threads=1, bint skips=False, shape_a=(-1, -1), shape_b=(-1, -1),
+        parts=None, float[::1] average=None, double average_weight=0.0,
     ):
-        cdef Py_ssize_t n = parameters.shape[0], chunks = (n + CHUNK - 1) // CHUNK, exponents
         cdef uint8_t[::1] m, v, m_exponents, v_exponents
+        cdef Py_ssize_t i
         cdef int kind
-        if self.task.step.p != NULL:
+        if self.task.parts != NULL:
             raise TypeError("PreparedAdam is initialised once")
-        kind, m, v, m_exponents, v_exponents = moments
-        exponents = chunks if kind == EIGHT_BIT else 0
-        if m.shape[0] != v.shape[0] or m.shape[0] != n * (4 if kind == FLOAT32 else 1 if kind == EIGHT_BIT else 2):
-            raise ValueError("m and v must have the length of parameters")
-        if m_exponents.shape[0] != exponents or v_exponents.shape[0] != exponents:
-            raise ValueError("8-bit moments need an exponent for each chunk of 256, others none")
-        if n == 0:
+        if parameters.shape[0] == 0:
             raise ValueError("parameters must not be empty")
+        if average is not None and average.shape[0] != parameters.shape[0]:
+            raise ValueError("average must have the length of parameters")
+        self.n = parameters.shape[0]
         self.rows_a, self.columns_a = shape_a
         self.rows_b, self.columns_b = shape_b
-        self._parameters, self._moments = parameters, (m, v, m_exponents, v_exponents)
-        self._keep_apart(&parameters[0], 4 * n)
-        self._keep_apart(&m[0], m.shape[0])
-        self._keep_apart(&v[0], v.shape[0])
-        self.task.step.moments = Moments(kind=kind, m=&m[0], v=&v[0], m_exponents=NULL, v_exponents=NULL)
-        if exponents:
-            self.task.step.moments.m_exponents, self.task.step.moments.v_exponents = &m_exponents[0], &v_exponents[0]
-            self._keep_apart(&m_exponents[0], exponents)
-            self._keep_apart(&v_exponents[0], exponents)
-        self.task.step.block_sums = <double*> calloc((n + BLOCK - 1) // BLOCK, sizeof(double))
-        self.task.step.noise = NULL if kind == FLOAT32 else <uint32_t*> calloc(CHUNK, sizeof(uint32_t))
-        if self.task.step.block_sums == NULL or (kind != FLOAT32 and self.task.step.noise == NULL):
-            raise MemoryError()
+        self._lay_parts(
+            [(0, self.n, 1.0, weight_decay)] if parts is None else parts,
+            AdamRule(beta1=beta1, beta2=beta2, eps=eps, weight_decay=0.0, l2=l2), t)
+        kind, m, v, m_exponents, v_exponents = moments
+        self._lend_moments(kind, m, v, m_exponents, v_exponents)
+        self._keep_apart(&parameters[0], 4 * self.n)
+        if average is not None:
+            self._keep_apart(&average[0], 4 * self.n)
+        for i in range(self.task.count):
+            self.task.parts[i].step.p = &parameters[self.task.parts[i].start]
+            if average is not None:
+                self.task.parts[i].step.average = &average[self.task.parts[i].start]
+        self._kept = (parameters, m, v, m_exponents, v_exponents, average)
         self.pending_sums = self.pending = None  # a memoryview never assigned is not None, but NULL
-        self.task.rule = AdamRule(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, l2=l2)
         self.task.max_norm, self.task.norm_limit, self.max_rate = max_grad_norm, norm_limit, max_rate
-        self.task.t, self.task.threads, self.task.divisor, self.skips = t, threads, 1.0, skips
-        self.task.nonfinite_index = -1
-        self.task.step.n = n
-        self.task.step.p = &parameters[0]
+        self.task.threads, self.task.divisor, self.skips = threads, 1.0, skips
+        self.task.average_weight = average_weight
+        self.task.nonfinite_part = -1
+        self.parameters = &parameters[0]
 
     def __dealloc__(self):
-        free(self.task.step.block_sums)
-        free(self.task.step.noise)
+        if self.task.parts != &self.whole:
+            free(self.task.parts)
+        free(self.task.block_sums)
+        free(self.task.noise)
 
     @property
     def t(self):
         """Steps applied."""
-        return self.task.t
+        return self.task.parts[0].t
 
     @property
     def nonfinite_index(self):
-        """Index of the first element of the last gradient that was not finite, or -1."""
-        return self.task.nonfinite_index
+        """Index of the first trained element of the last gradient that was not finite, or -1."""
+        if self.task.nonfinite_part < 0:
+            return -1
+        return self.task.parts[self.task.nonfinite_part].start + self.task.nonfinite_index
 
     @property
     def nonfinite_value(self):
@@ -258,7 +209,7 @@ cdef class PreparedAdam:
     def accumulate(self, float[::1] total not None, loss, grad_a, grad_b, double weight):
         """Add ``weight`` times the gradients to ``total`` (written; starts from zero when no micro-batch waits)."""
         cdef double loss_value, norm
-        cdef Py_ssize_t offset = 0, n = self.task.step.n
+        cdef Py_ssize_t offset = 0, n = self.n
         cdef uint64_t fp
         cdef int i
         self.enter()
@@ -282,7 +233,7 @@ cdef class PreparedAdam:
                     if self.pending[0] == 0:
                         memset(&total[0], 0, 4 * n)
                     for i in range(self.held):
-                        piece = &self.task.step.gradient.pieces[i]
+                        piece = &self.gradient.pieces[i]
                         loops.accumulate(&total[offset], piece.start, piece.n, piece.kind, weight)
                         offset += piece.n
                 if self.pending[0] == 0:
@@ -307,7 +258,7 @@ cdef class PreparedAdam:
                 "this trainer is busy: a step is under way in another thread or further up this call stack")
         if self.retired:
             raise TrainerBusyError("this trainer is busy: another thread has given it another state or adapter meanwhile")
-        if self.task.step.p == NULL:
+        if self.parameters == NULL:
             raise ValueError("PreparedAdam was not initialised")
         self.busy = True
         self.fork_count = fork_count
@@ -367,7 +318,7 @@ cdef class PreparedAdam:
         return self.count[0] == self.index
 
     cdef void _carry_out(self) noexcept:
-        if self.task.step.n <= GIL_SIZE:
+        if self.task.n <= GIL_SIZE:
             carry_out(&self.task)
         else:
             with nogil:
@@ -433,22 +384,95 @@ cdef class PreparedAdam:
         self.rows, self.flags, self.sums, self.count = rows, flags, sums, count
         return 0
 
-    cdef int _borrow(self, object grad_a, object grad_b) except -1:
-        cdef Piece* pieces = self.task.step.gradient.pieces
-        if grad_b is None:
-            acquire_gradient(grad_a, &self.grads[0], &pieces[0], "gradient", self.task.step.n, -1)
-            self.task.step.gradient.count = self.held = 1
-            self._check_apart("gradient", &self.grads[0])
-            return 0
-        if self.rows_a < 0:
-            raise InputError("gradients of an AdapterSet must be one Gradients or flat vector, got a pair")
-        acquire_gradient(grad_a, &self.grads[0], &pieces[0], "grad_a", self.rows_a, self.columns_a)
-        self.held = 1
-        self._check_apart("grad_a", &self.grads[0])
-        acquire_gradient(grad_b, &self.grads[1], &pieces[1], "grad_b", self.rows_b, self.columns_b)
-        self.task.step.gradient.count = self.held = 2
-        self._check_apart("grad_b", &self.grads[1])
+    cdef int _lay_parts(self, object parts, AdamRule rule, int64_t t) except -1:
+        cdef Py_ssize_t end = 0, blocks = 0, i, count = len(parts)
+        if count == 0:
+            raise ValueError("parts must not be empty")
+        self.task.parts = &self.whole if count == 1 else <Part*> calloc(count, sizeof(Part))
+        if self.task.parts == NULL:
+            raise MemoryError()
+        self.task.count = count
+        for i, (start, size, rate_factor, weight_decay) in enumerate(parts):
+            part = &self.task.parts[i]
+            part.start, part.step.n = start, size
+            if part.start < end or part.step.n < 1 or part.step.n > self.n - part.start:
+                raise ValueError(f"parts must lie one after the other in the {self.n} parameters, got {tuple(parts)}")
+            end = part.start + part.step.n
+            blocks += (part.step.n + BLOCK - 1) // BLOCK
+            part.rule, part.rule.weight_decay, part.rate_factor, part.t = rule, weight_decay, rate_factor, t
+        self.task.block_sums = <double*> calloc(blocks, sizeof(double))
+        if self.task.block_sums == NULL:
+            raise MemoryError()
+        lay_out(&self.task)
         return 0
+
+    cdef int _lend_moments(
+        self, int kind, uint8_t[::1] m, uint8_t[::1] v, uint8_t[::1] m_exponents, uint8_t[::1] v_exponents
+    ) except -1:
+        cdef Py_ssize_t item = 4 if kind == FLOAT32 else 1 if kind == EIGHT_BIT else 2, offset = 0, chunk = 0, chunks = 0, i
+        for i in range(self.task.count):
+            chunks += (self.task.parts[i].step.n + CHUNK - 1) // CHUNK
+        if m.shape[0] != v.shape[0] or m.shape[0] != self.task.n * item:
+            raise ValueError("m and v must have the length of all parts of the parameters")
+        if m_exponents.shape[0] != v_exponents.shape[0] or m_exponents.shape[0] != (chunks if kind == EIGHT_BIT else 0):
+            raise ValueError("8-bit moments need an exponent for each chunk of 256, others none")
+        if kind != FLOAT32:
+            self.task.noise = <uint32_t*> calloc(CHUNK, sizeof(uint32_t))
+            if self.task.noise == NULL:
+                raise MemoryError()
+        self._keep_apart(&m[0], m.shape[0])
+        self._keep_apart(&v[0], v.shape[0])
+        if kind == EIGHT_BIT:
+            self._keep_apart(&m_exponents[0], chunks)
+            self._keep_apart(&v_exponents[0], chunks)
+        for i in range(self.task.count):
+            part = &self.task.parts[i]
+            part.step.moments = Moments(kind=kind, m=&m[offset], v=&v[offset], m_exponents=NULL, v_exponents=NULL)
+            if kind == EIGHT_BIT:
+                part.step.moments.m_exponents, part.step.moments.v_exponents = &m_exponents[chunk], &v_exponents[chunk]
+            part.step.noise, part.step.first_chunk = self.task.noise, chunk
+            offset += part.step.n * item
+            chunk += (part.step.n + CHUNK - 1) // CHUNK
+        return 0
+
+    cdef int _borrow(self, object grad_a, object grad_b) except -1:
+        cdef Piece* pieces = self.gradient.pieces
+        if grad_b is None:
+            acquire_gradient(grad_a, &self.grads[0], &pieces[0], "gradient", self.n, -1)
+            self.gradient.count = self.held = 1
+            self._check_apart("gradient", &self.grads[0])
+        else:
+            if self.rows_a < 0:
+                raise InputError("gradients of an AdapterSet must be one Gradients or flat vector, got a pair")
+            acquire_gradient(grad_a, &self.grads[0], &pieces[0], "grad_a", self.rows_a, self.columns_a)
+            self.held = 1
+            self._check_apart("grad_a", &self.grads[0])
+            acquire_gradient(grad_b, &self.grads[1], &pieces[1], "grad_b", self.rows_b, self.columns_b)
+            self.gradient.count = self.held = 2
+            self._check_apart("grad_b", &self.grads[1])
+        self._hand_out()
+        return 0
+
+    cdef void _hand_out(self) noexcept:
+        """Give each part its piece, or pieces, of the gradient."""
+        cdef Py_ssize_t i, start, n, taken
+        cdef int j
+        if self.task.parts == &self.whole and self.whole.step.n == self.n:
+            self.whole.step.gradient = self.gradient
+            return
+        for i in range(self.task.count):
+            part = &self.task.parts[i]
+            start, n = part.start, part.step.n
+            part.step.gradient.count = 0
+            for j in range(self.gradient.count):
+                piece = &self.gradient.pieces[j]
+                taken = max(min(piece.n - start, n), 0)
+                if taken > 0:
+                    part.step.gradient.pieces[part.step.gradient.count] = Piece(
+                        start=<const char*> piece.start + start * (4 if piece.kind == FLOAT32 else 2), n=taken, kind=piece.kind)
+                    part.step.gradient.count += 1
+                    n -= taken
+                start = max(start - piece.n, 0)
 
     cdef void _keep_apart(self, const void* start, Py_ssize_t size) noexcept:
         self.starts[self.regions], self.sizes[self.regions] = start, size
@@ -462,10 +486,9 @@ cdef class PreparedAdam:
         return 0
 
     cdef double _measure(self) noexcept:
-        """Norm of the borrowed gradients; the index of the first culprit if it is not finite."""
+        """Norm of the borrowed gradients, which lead to the first culprit if it is not finite."""
         with nogil:
-            loops.square_blocks(&self.task.step, 0, (self.task.step.n + BLOCK - 1) // BLOCK)
-            _finish_norm(&self.task)
+            measure(&self.task)
         return self.task.norm
 
     cdef double _scheduled(self, int64_t step) except? -1.0:

@@ -33,25 +33,26 @@ def _choose():
 
 isa, variants = _choose()
 
-cdef void* _pointer(dict capi, str name) except NULL:
+cdef int _find(void** function, dict capi, str name) except -1:
     capsule = capi[name]
-    return PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule))
+    function[0] = PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule))
+    return 0
 
 
 cdef int _load(Loops* table, dict capi) except -1:
-    table.norm_begin = <void (*)(NormState*) noexcept nogil> _pointer(capi, "norm_begin")
-    table.norm_add = <void (*)(NormState*, const void*, Py_ssize_t, int) noexcept nogil> _pointer(capi, "norm_add")
-    table.norm_finish = <double (*)(const NormState*) noexcept nogil> _pointer(capi, "norm_finish")
-    table.square_blocks = <void (*)(const AdamStep*, Py_ssize_t, Py_ssize_t) noexcept nogil> _pointer(capi, "square_blocks")
-    table.norm_of_blocks = <double (*)(const AdamStep*, double) noexcept nogil> _pointer(capi, "norm_of_blocks")
-    table.first_nonfinite = <Py_ssize_t (*)(const void*, Py_ssize_t, int) noexcept nogil> _pointer(capi, "first_nonfinite")
-    table.value_at = <double (*)(const void*, Py_ssize_t, int) noexcept nogil> _pointer(capi, "value_at")
-    table.clip_scale = <double (*)(double, double, double) noexcept nogil> _pointer(capi, "clip_scale")
-    table.scale = <void (*)(float*, Py_ssize_t, double) noexcept nogil> _pointer(capi, "scale")
-    table.accumulate = <void (*)(float*, const void*, Py_ssize_t, int, double) noexcept nogil> _pointer(capi, "accumulate")
-    table.adam_scalars = <void (*)(AdamStep*, const AdamRule*, double, double, int64_t) noexcept nogil> _pointer(
-        capi, "adam_scalars")
-    table.update_blocks = <void (*)(const AdamStep*, Py_ssize_t, Py_ssize_t) noexcept nogil> _pointer(capi, "update_blocks")
+    _find(<void**> &table.norm_begin, capi, "norm_begin")
+    _find(<void**> &table.norm_add, capi, "norm_add")
+    _find(<void**> &table.norm_finish, capi, "norm_finish")
+    _find(<void**> &table.square_blocks, capi, "square_blocks")
+    _find(<void**> &table.norm_of_blocks, capi, "norm_of_blocks")
+    _find(<void**> &table.first_nonfinite, capi, "first_nonfinite")
+    _find(<void**> &table.value_at, capi, "value_at")
+    _find(<void**> &table.clip_scale, capi, "clip_scale")
+    _find(<void**> &table.scale, capi, "scale")
+    _find(<void**> &table.accumulate, capi, "accumulate")
+    _find(<void**> &table.adam_scalars, capi, "adam_scalars")
+    _find(<void**> &table.draw_noise, capi, "draw_noise")
+    _find(<void**> &table.update_blocks, capi, "update_blocks")
     return 0
 
 
@@ -90,7 +91,8 @@ cdef void adam_step(
     step.gradient.pieces[0] = Piece(start=g, n=n, kind=FLOAT32)
     step.gradient.count = 1
     step.moments = Moments(kind=FLOAT32, m=m, v=v, m_exponents=NULL, v_exponents=NULL)
+    step.noise, step.first_chunk, step.average = NULL, 0, NULL
     fp = fp_enter()
-    loops.adam_scalars(&step, rule, rate, clip, t)
+    loops.adam_scalars(&step.scalars, rule, rate, clip, t)
     loops.update_blocks(&step, 0, (n + BLOCK - 1) // BLOCK)
     fp_leave(fp)

@@ -3,7 +3,8 @@
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free, malloc, qsort
 from cylora.kernels._fpenv cimport fp_enter, fp_leave
-from cylora.kernels.adam cimport PreparedAdam, Task, carry_out
+from cylora.kernels.adam cimport PreparedAdam
+from cylora.kernels.task cimport Task, carry_out
 from cylora.kernels.threads cimport close_team, open_team, share
 
 from cylora.errors import InputError, StateError
@@ -21,8 +22,16 @@ cdef void _carry_out_some(void* context, Py_ssize_t first, Py_ssize_t last) noex
         carry_out(tasks[i])
 
 
+cdef inline const float* _begin(const Task* task) noexcept nogil:
+    return task.parts[0].step.p
+
+
+cdef inline const float* _end(const Task* task) noexcept nogil:
+    return task.parts[task.count - 1].step.p + task.parts[task.count - 1].step.n
+
+
 cdef int _by_parameters(const void* a, const void* b) noexcept nogil:
-    cdef size_t x = <size_t> (<const Task* const*> a)[0].step.p, y = <size_t> (<const Task* const*> b)[0].step.p
+    cdef size_t x = <size_t> _begin((<const Task* const*> a)[0]), y = <size_t> _begin((<const Task* const*> b)[0])
     return (x > y) - (x < y)
 
 
@@ -37,7 +46,7 @@ cdef bint _overlap(Task** tasks, Py_ssize_t count) noexcept nogil:
         ordered[i] = tasks[i]
     qsort(ordered, count, sizeof(Task*), _by_parameters)
     for i in range(1, count):
-        if ordered[i - 1].step.p + ordered[i - 1].step.n > ordered[i].step.p:
+        if _end(ordered[i - 1]) > _begin(ordered[i]):
             found = True
     free(ordered)
     return found
@@ -50,7 +59,7 @@ cdef bint _share_out(Task** tasks, Py_ssize_t count, int threads) noexcept nogil
     if threads < 2:
         return False
     for i in range(count):
-        work += STEP_US + ELEMENT_US * tasks[i].step.n
+        work += STEP_US + ELEMENT_US * tasks[i].n
     # Two trainers of one adapter go one after the other, in the order given.
     if _overlap(tasks, count) or not open_team(threads, work):
         return False
