@@ -1,5 +1,20 @@
 """One Adam step: its scalars, and the update of parameters and moments in each form that these are stored in."""
 
+# Never inlined: its registers would be missing in the loops that hardly ever call it.
+cdef extern from *:
+    """
+    #define CYLORA_APART __attribute__((noinline, cold))
+    static CYLORA_APART void cylora_call_apart(
+        void (*function)(float *, const float *, const float *, const void *, int),
+        float *p, const float *m, const float *v, const void *scalars, int l2
+    ) {
+        function(p, m, v, scalars, l2);
+    }
+    """
+    void call_apart "cylora_call_apart"(
+        void (*function)(float*, const float*, const float*, const void*, int) noexcept nogil,
+        float* p, const float* m, const float* v, const void* scalars, int l2) noexcept nogil
+
 # Below these the moments of elements without a gradient are dropped, see advance_moments.
 cdef extern from *:
     """
@@ -24,12 +39,14 @@ cdef double power(double base, int64_t exponent) noexcept nogil:
 cdef api void adam_scalars(AdamScalars* scalars, const AdamRule* rule, double rate, double clip, int64_t t) noexcept nogil:
     """Derive the scalars of step t (1-based) at learning rate ``rate`` in float64; round each once.
 
-    The step size is folded into the denominator: rate/bc1 * m / (sqrt(v)/sqrt(bc2) + eps)
-    = m / (sqrt(v) * root_scale + offset). That spares a multiplication and a rounding. A rate below 1e-18 would overflow
-    the quotients and moves no float32 weight that is not itself below 1e-17: it counts as 0, where the denominator is infinite.
+    The step size and both bias corrections go into a parameter's quotient in one of two forms, see `paired_pull` and
+    `single_pull`. The second one, for extremes, folds them into the denominator: rate/bc1 * m / (sqrt(v)/sqrt(bc2) + eps)
+    = m / (sqrt(v) * root_scale + offset). A rate below 1e-18 would overflow the quotients and moves no float32 weight that
+    is not itself below 1e-17: it counts as 0, where the denominator is infinite.
     """
     cdef double bc1 = 1.0 - power(rule.beta1, t)
-    cdef double bc2 = 1.0 - power(rule.beta2, t)
+    cdef double root_bc2 = sqrt(1.0 - power(rule.beta2, t))
+    cdef double paired_rate = rate * root_bc2 / bc1, paired_eps = rule.eps * root_bc2
     scalars.clip_scale = <float> clip
     scalars.one_minus_beta1 = <float> (1.0 - rule.beta1)
     scalars.one_minus_beta2 = <float> (1.0 - rule.beta2)
@@ -37,153 +54,229 @@ cdef api void adam_scalars(AdamScalars* scalars, const AdamRule* rule, double ra
         scalars.root_scale = 0.0
         scalars.offset = <float> INFINITY
     else:
-        scalars.root_scale = <float> (bc1 / (rate * sqrt(bc2)))
+        scalars.root_scale = <float> (bc1 / (rate * root_bc2))
         scalars.offset = <float> (rule.eps * bc1 / rate)
         if scalars.offset < FLT_MIN:  # eps, 1 - beta1 and 1 / rate all absurdly small: never divide 0 by 0
             scalars.offset = FLT_MIN
+    scalars.paired_rate, scalars.paired_eps, scalars.paired_limit = 0.0, 1.0, 0
+    # Denominators are at least eps and, roots of float32, at most 2^64 more. Then no product of two, no quotient of the rate
+    # by such a product, and none by a single one leaves the normal numbers.
+    if 2.0**-60 <= paired_eps <= 2.0**60 and 2.0**-60 <= paired_rate <= 2.0**60 and paired_rate <= paired_eps**2 * 2.0**120:
+        scalars.paired_rate, scalars.paired_eps = <float> paired_rate, <float> paired_eps
+        scalars.paired_limit = <int32_t> bits_of(<float> min(paired_rate * 2.0**120, 2.0**126))
     scalars.decay = <float> (rule.weight_decay if rule.l2 else rate * rule.weight_decay)
     scalars.l2 = rule.l2
     scalars.noise_key = mix(<uint64_t> t)
 
 
 cdef enum:
-    SPAN = 32   # elements of compact moments done at once
+    SPAN = 32       # elements done together: element i shares a division with i + 8 or i - 8
+    QUARTERS = 4    # vectors of 8 in a span
 
 cdef enum:      # of a chunk
     LIVE        # has a gradient
     QUIET       # has none: every element of it is zero
     SILENT      # nor a first moment, and no l2 decay: no parameter moves but by its decay
 
+cdef struct Wide:   # a step's scalars, eight times each
+    f8 clip_scale
+    f8 one_minus_beta1
+    f8 one_minus_beta2
+    f8 paired_rate
+    f8 paired_eps
+    f8 decay
 
-cdef inline void advance_moments(
-    float p, float g, float* m, float* v, const AdamScalars* k, bint l2, int mode
-) noexcept nogil:
-    """One element's moments, in increment form.
+cdef struct Storage:    # how moments are stored, and what compact forms need
+    int kind
+    const uint32_t* noise
+    uint32_t shift
+    uint32_t m_base     # EIGHT_BIT, of the chunk
+    uint32_t v_base
+
+
+cdef inline void widen_scalars(Wide* wide, const AdamScalars* k) noexcept nogil:
+    wide.clip_scale = splat(k.clip_scale)
+    wide.one_minus_beta1, wide.one_minus_beta2 = splat(k.one_minus_beta1), splat(k.one_minus_beta2)
+    wide.paired_rate, wide.paired_eps, wide.decay = splat(k.paired_rate), splat(k.paired_eps), splat(k.decay)
+
+
+cdef inline void advance_moments(f8 p, f8 g, f8* m, f8* v, const Wide* k, bint l2, int mode) noexcept nogil:
+    """The moments of eight elements, in increment form.
 
     Without a gradient they decay to 0, not for good to subnormal numbers, which take the arithmetic units up to ten times
     as long: m is dropped while its product with 1 - beta1 is normal, far below what eps (1e-30 at least) lets a parameter
     feel; v once m is gone, below 2^-112, which a later step feels only if its gradient and eps are below some 1e-16.
     """
-    cdef float gi = g * k.clip_scale, mi, vi
-    cdef uint32_t keep
+    cdef f8 gi = g * k.clip_scale
     if l2:
-        gi = gi + k.decay * p
-        gi = bounded(gi)
-    mi = m[0] + k.one_minus_beta1 * (gi - m[0])
-    vi = v[0] + k.one_minus_beta2 * (gi * gi - v[0])
+        gi = bounded(gi + k.decay * p)
+    m[0] = m[0] + k.one_minus_beta1 * (gi - m[0])
+    v[0] = v[0] + k.one_minus_beta2 * (gi * gi - v[0])
     if mode != LIVE:
-        keep = 0 if mode == SILENT else <uint32_t> (fabsf(mi) >= QUIET_M) | <uint32_t> (gi != 0.0)
-        mi = kept(mi, keep)
-        vi = kept(vi, keep | <uint32_t> (vi >= QUIET_V))
-    m[0] = mi
-    v[0] = vi
+        drop_tiny(m, v, gi, mode == SILENT, QUIET_M, QUIET_V)
 
 
-cdef inline float advanced(float p, float m, float v, const AdamScalars* k, bint l2, int mode) noexcept nogil:
-    """One parameter after the step whose moments are given (Kingma & Ba 2015, algorithm 1); decay decoupled (Loshchilov &
-    Hutter 2019) or, in l2 mode, already in the gradient."""
-    cdef float pull = 0.0 if mode == SILENT else m / (sqrtf(v) * k.root_scale + k.offset)
-    return p - (pull if l2 else k.decay * p + pull)
-
-
-cdef inline void update_float32(
-    out_floats p, in_floats g, out_floats m, out_floats v, Py_ssize_t n, AdamScalars k, bint l2, int mode
+cdef inline void advance_span(
+    const float* p, const float* g, void* m, void* v, float* new_m, float* new_v, f8* denominators,
+    const Storage* stored, const Wide* k, bint l2, int mode
 ) noexcept nogil:
-    cdef float mi, vi
-    cdef Py_ssize_t i
-    for i in range(n):
-        mi, vi = m[i], v[i]
-        advance_moments(p[i], g[i], &mi, &vi, &k, l2, mode)
-        m[i], v[i] = mi, vi
-        p[i] = advanced(p[i], mi, vi, &k, l2, mode)
+    """The moments of a span as they are before rounding, and the denominators of its parameters. Float32 moments are in their
+    place then, ``new_m`` and ``new_v``; bfloat16 ones are stored too; 8-bit codes follow when the whole chunk is known."""
+    cdef uint16_t* m_halves = <uint16_t*> m
+    cdef uint16_t* v_halves = <uint16_t*> v
+    cdef f8 mi, vi
+    cdef int j
+    for j in range(QUARTERS):
+        if stored.kind == FLOAT32:
+            mi, vi = load(new_m + 8 * j), load(new_v + 8 * j)
+        elif stored.kind == BFLOAT16:
+            mi, vi = load_bfloat16(m_halves + 8 * j), load_bfloat16(v_halves + 8 * j)
+        else:
+            mi, vi = decode_m(<uint8_t*> m + 8 * j, stored.m_base), decode_v(<uint8_t*> v + 8 * j, stored.v_base)
+        advance_moments(load(p + 8 * j), load(g + 8 * j), &mi, &vi, k, l2, mode)
+        store(new_m + 8 * j, mi)
+        store(new_v + 8 * j, vi)
+        denominators[j] = root(vi) + k.paired_eps
+        if stored.kind == BFLOAT16:
+            store_bfloat16(m_halves + 8 * j, v_halves + 8 * j, mi, vi, stored.noise + 8 * j, stored.shift)
 
 
-# The compact forms go SPAN elements at a time, moments first, parameters after: as one loop the many operations that
-# pack and unpack stand between one division and the next in the CPU's window, and the divider waits (a third slower).
+cdef inline void move(float* p, f8 pull, const Wide* k, bint l2) noexcept nogil:
+    """Eight parameters after the step (Kingma & Ba 2015, algorithm 1); decay decoupled (Loshchilov & Hutter 2019) or, in l2
+    mode, already in the gradient."""
+    cdef f8 pi = load(p)
+    store(p, pi - (pull if l2 else k.decay * pi + pull))
 
-cdef inline void span_bfloat16(
-    out_floats p, in_floats g, out_halves m, out_halves v, Py_ssize_t n, in_noise noise, uint32_t shift,
-    const AdamScalars* k, bint l2, int mode
+
+cdef inline void paired_pull(
+    float* p, const float* m, f8 first, f8 second, f8 product, const Wide* k, bint l2
 ) noexcept nogil:
-    cdef float new_m[SPAN]
-    cdef float new_v[SPAN]
-    cdef float mi, vi
-    cdef Py_ssize_t i
-    for i in range(n):
-        mi, vi = from_bfloat16(m[i]), from_bfloat16(v[i])
-        advance_moments(p[i], g[i], &mi, &vi, k, l2, mode)
-        new_m[i], new_v[i] = mi, vi
-        m[i] = m_to_bfloat16(mi, noise[i], shift)
-        v[i] = v_to_bfloat16(vi, noise[i], shift)
-    for i in range(n):
-        p[i] = advanced(p[i], new_m[i], new_v[i], k, l2, mode)
+    """Move two vectors of 8 by rate * m / denominator with one division for both: 1/x = y * 1/(xy).
+
+    The unit that divides and takes roots is what a step waits for; two products more cost less, and two roundings of the
+    pull. m comes from memory, where it was just stored: in registers it would displace others.
+    """
+    cdef f8 shared = quotient(k.paired_rate, product)
+    move(p, load(m) * (shared * second), k, l2)
+    move(p + 8, load(m + 8) * (shared * first), k, l2)
 
 
-cdef inline void update_bfloat16(
-    out_floats p, in_floats g, out_halves m, out_halves v, Py_ssize_t n, in_noise noise, uint32_t shift,
-    AdamScalars k, bint l2, int mode
+cdef void single_pull(float* p, const float* m, const float* v, const void* scalars, int l2) noexcept nogil:
+    """Move a span where a product of two denominators, or a quotient by one, might leave the normal numbers."""
+    cdef const AdamScalars* s = <const AdamScalars*> scalars
+    cdef f8 root_scale = splat(s.root_scale), offset = splat(s.offset)
+    cdef Wide k
+    cdef int j
+    widen_scalars(&k, s)
+    for j in range(QUARTERS):
+        move(p + 8 * j, quotient(load(m + 8 * j), root(load(v + 8 * j)) * root_scale + offset), &k, l2)
+
+
+cdef inline void move_span(
+    float* p, const float* m, const float* v, const f8* d, const AdamScalars* s, const Wide* k, bint l2, int mode
 ) noexcept nogil:
-    cdef Py_ssize_t i = 0
-    while n - i >= SPAN:
-        span_bfloat16(p + i, g + i, m + i, v + i, SPAN, noise + i, shift, &k, l2, mode)
+    """The parameters of a span whose moments are advanced, with denominators d."""
+    cdef f8 first = d[0] * d[1], second = d[2] * d[3]
+    cdef int j
+    if mode == SILENT:
+        for j in range(QUARTERS):
+            move(p + 8 * j, splat(0.0), k, l2)
+    elif any_reaches(first, second, s.paired_limit):
+        call_apart(single_pull, p, m, v, s, l2)
+    else:
+        paired_pull(p, m, d[0], d[1], first, k, l2)
+        paired_pull(p + 16, m + 16, d[2], d[3], second, k, l2)
+
+
+cdef inline void update_run(
+    float* p, const float* g, void* m_, void* v_, float* new_m, float* new_v, Py_ssize_t n,
+    Storage stored, const AdamScalars* s, bint l2, int mode
+) noexcept nogil:
+    """Spans one after the other, each one's parameters after the next one's moments: roots and divisions wait for each other
+    less. The last span is filled up with zeros. New moments go to ``new_m`` and ``new_v``, whole spans."""
+    cdef Py_ssize_t item = 4 if stored.kind == FLOAT32 else 2 if stored.kind == BFLOAT16 else 1, i = 0, rest
+    cdef char* m = <char*> m_
+    cdef char* v = <char*> v_
+    cdef f8 now[QUARTERS]
+    cdef f8 then[QUARTERS]
+    cdef Wide k
+    cdef float room[4][SPAN]
+    widen_scalars(&k, s)
+    if n >= SPAN:
+        advance_span(p, g, m, v, new_m, new_v, now, &stored, &k, l2, mode)
+        while n - i >= 2 * SPAN:
+            stored.noise += SPAN
+            m += SPAN * item
+            v += SPAN * item
+            advance_span(p + i + SPAN, g + i + SPAN, m, v, new_m + i + SPAN, new_v + i + SPAN, then, &stored, &k, l2, mode)
+            move_span(p + i, new_m + i, new_v + i, now, s, &k, l2, mode)
+            now = then
+            i += SPAN
+        move_span(p + i, new_m + i, new_v + i, now, s, &k, l2, mode)
+        stored.noise += SPAN
+        m += SPAN * item
+        v += SPAN * item
         i += SPAN
-    if i < n:
-        span_bfloat16(p + i, g + i, m + i, v + i, n - i, noise + i, shift, &k, l2, mode)
+    rest = n - i
+    if rest > 0:
+        memset(room, 0, sizeof(room))
+        memcpy(room[0], p + i, rest * sizeof(float))
+        memcpy(room[1], g + i, rest * sizeof(float))
+        memcpy(room[2], m, rest * item)
+        memcpy(room[3], v, rest * item)
+        if stored.kind == FLOAT32:
+            advance_span(room[0], room[1], NULL, NULL, room[2], room[3], now, &stored, &k, l2, mode)
+            move_span(room[0], room[2], room[3], now, s, &k, l2, mode)
+        else:
+            advance_span(room[0], room[1], room[2], room[3], new_m + i, new_v + i, now, &stored, &k, l2, mode)
+            move_span(room[0], new_m + i, new_v + i, now, s, &k, l2, mode)
+        memcpy(p + i, room[0], rest * sizeof(float))
+        if stored.kind != EIGHT_BIT:
+            memcpy(m, room[2], rest * item)
+            memcpy(v, room[3], rest * item)
 
 
-cdef inline void span_eight_bit(
-    out_floats p, in_floats g, out_floats m, out_floats v, Py_ssize_t n, const AdamScalars* k, bint l2, int mode
+cdef inline void encode_chunk(
+    const AdamStep* step, Py_ssize_t start, const float* m, const float* v, Py_ssize_t n, uint32_t shift
 ) noexcept nogil:
+    """Store the new moments of a chunk as 8-bit codes, with the exponents that their largest need."""
+    cdef const Moments* s = &step.moments
+    cdef uint32_t largest_m = 0, largest_v = 0, m_base, v_base
     cdef Py_ssize_t i
-    for i in range(n):
-        advance_moments(p[i], g[i], &m[i], &v[i], k, l2, mode)
-    for i in range(n):
-        p[i] = advanced(p[i], m[i], v[i], k, l2, mode)
-
-
-cdef inline void update_eight_bit(
-    out_floats p, in_floats g, uint8_t* m_codes, uint8_t* v_codes, uint8_t* m_exponent, uint8_t* v_exponent,
-    Py_ssize_t n, in_noise noise, uint32_t shift, AdamScalars k, bint l2, int mode
-) noexcept nogil:
-    cdef float m[CHUNK]
-    cdef float v[CHUNK]
-    cdef uint32_t m_base = <uint32_t> m_exponent[0] << 23, v_base = <uint32_t> v_exponent[0] << 23
-    cdef uint32_t largest_m = 0, largest_v = 0
-    cdef Py_ssize_t i = 0
-    while n - i >= SPAN:
-        decode(m + i, v + i, m_codes + i, v_codes + i, SPAN, m_base, v_base)
-        span_eight_bit(p + i, g + i, m + i, v + i, SPAN, &k, l2, mode)
-        i += SPAN
-    if i < n:
-        decode(m + i, v + i, m_codes + i, v_codes + i, n - i, m_base, v_base)
-        span_eight_bit(p + i, g + i, m + i, v + i, n - i, &k, l2, mode)
     for i in range(n):
         largest_m = max(largest_m, bits_of(m[i]) & 0x7fffffffu)
         largest_v = max(largest_v, bits_of(v[i]))
     m_base, v_base = base_of(largest_m, 16), base_of(largest_v, 32)
-    m_exponent[0], v_exponent[0] = <uint8_t> (m_base >> 23), <uint8_t> (v_base >> 23)
-    encode(m_codes, v_codes, m, v, n, m_base, v_base, noise, shift)
+    s.m_exponents[start // CHUNK], s.v_exponents[start // CHUNK] = <uint8_t> (m_base >> 23), <uint8_t> (v_base >> 23)
+    encode(<uint8_t*> s.m + start, <uint8_t*> s.v + start, m, v, n, m_base, v_base, step.noise, shift)
 
 
 cdef inline void update_chunks(
-    const AdamStep* step, Py_ssize_t start, in_floats g, Py_ssize_t n, bint l2, int mode
+    const AdamStep* step, Py_ssize_t start, const float* g, Py_ssize_t n, bint l2, int mode
 ) noexcept nogil:
     """Elements [start, start + n); one chunk only where moments are compact."""
     cdef const Moments* s = &step.moments
-    cdef Py_ssize_t chunk = start // CHUNK
-    cdef uint32_t shift
+    cdef float* m = <float*> s.m + start
+    cdef float* v = <float*> s.v + start
+    cdef float new_m[CHUNK]
+    cdef float new_v[CHUNK]
+    cdef Storage stored = Storage(kind=FLOAT32, noise=NULL, shift=0, m_base=0, v_base=0)
     if s.kind == FLOAT32:
-        update_float32(step.p + start, g, <float*> s.m + start, <float*> s.v + start, n, step.scalars, l2, mode)
+        update_run(step.p + start, g, m, v, m, v, n, stored, &step.scalars, l2, mode)
         return
-    shift = noise_at(step.scalars.noise_key, step.first_chunk + chunk)
+    stored.noise, stored.shift = step.noise, noise_at(step.scalars.noise_key, step.first_chunk + start // CHUNK)
     if s.kind == BFLOAT16:
-        update_bfloat16(
-            step.p + start, g, <uint16_t*> s.m + start, <uint16_t*> s.v + start, n,
-            step.noise, shift, step.scalars, l2, mode)
-    else:
-        update_eight_bit(
-            step.p + start, g, <uint8_t*> s.m + start, <uint8_t*> s.v + start, &s.m_exponents[chunk], &s.v_exponents[chunk], n,
-            step.noise, shift, step.scalars, l2, mode)
+        stored.kind = BFLOAT16
+        update_run(
+            step.p + start, g, <uint16_t*> s.m + start, <uint16_t*> s.v + start, new_m, new_v, n,
+            stored, &step.scalars, l2, mode)
+        return
+    stored.kind = EIGHT_BIT
+    stored.m_base, stored.v_base = (
+        <uint32_t> s.m_exponents[start // CHUNK] << 23, <uint32_t> s.v_exponents[start // CHUNK] << 23)
+    update_run(
+        step.p + start, g, <uint8_t*> s.m + start, <uint8_t*> s.v + start, new_m, new_v, n, stored, &step.scalars, l2, mode)
+    encode_chunk(step, start, new_m, new_v, n, stored.shift)
 
 
 cdef bint is_clear(const void* memory, Py_ssize_t n_bytes) noexcept nogil:

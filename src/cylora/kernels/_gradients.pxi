@@ -1,40 +1,36 @@
 """Reading gradients: from float32, float16 and bfloat16 in one or two pieces; their norm; adding them up."""
 
-# Same operations in the same order twice. Left to itself GCC loads 8 floats and takes them apart again, which makes the
-# norm a third slower than converting 4 straight from memory.
+# Same sums in the same order twice. Left to itself GCC loads 8 floats and takes them apart again, which makes the norm a
+# third slower than converting 4 straight from memory. The square of a float32 is exact in float64, so a fused multiply-add
+# rounds once where product and sum round once too: the only place where one is allowed, since it is the same number.
 cdef extern from *:
     """
+    #define CYLORA_LANES 32
     #ifdef __AVX2__
-    CYLORA_INLINE void cylora_add_squares_16(double *lanes, const float *g, Py_ssize_t groups) {
-        __m256d s0 = _mm256_loadu_pd(lanes), s1 = _mm256_loadu_pd(lanes + 4);
-        __m256d s2 = _mm256_loadu_pd(lanes + 8), s3 = _mm256_loadu_pd(lanes + 12);
-        for (; groups > 0; groups--, g += 16) {
-            const __m256d x0 = _mm256_cvtps_pd(_mm_loadu_ps(g)), x1 = _mm256_cvtps_pd(_mm_loadu_ps(g + 4));
-            const __m256d x2 = _mm256_cvtps_pd(_mm_loadu_ps(g + 8)), x3 = _mm256_cvtps_pd(_mm_loadu_ps(g + 12));
-            s0 = _mm256_add_pd(s0, _mm256_mul_pd(x0, x0));
-            s1 = _mm256_add_pd(s1, _mm256_mul_pd(x1, x1));
-            s2 = _mm256_add_pd(s2, _mm256_mul_pd(x2, x2));
-            s3 = _mm256_add_pd(s3, _mm256_mul_pd(x3, x3));
-        }
-        _mm256_storeu_pd(lanes, s0);
-        _mm256_storeu_pd(lanes + 4, s1);
-        _mm256_storeu_pd(lanes + 8, s2);
-        _mm256_storeu_pd(lanes + 12, s3);
+    CYLORA_INLINE void cylora_add_squares(double *lanes, const float *g, Py_ssize_t groups) {
+        __m256d s[8];
+        for (int j = 0; j < 8; j++) s[j] = _mm256_loadu_pd(lanes + 4 * j);
+        for (; groups > 0; groups--, g += CYLORA_LANES)
+            for (int j = 0; j < 8; j++) {
+                const __m256d x = _mm256_cvtps_pd(_mm_loadu_ps(g + 4 * j));
+                s[j] = _mm256_fmadd_pd(x, x, s[j]);
+            }
+        for (int j = 0; j < 8; j++) _mm256_storeu_pd(lanes + 4 * j, s[j]);
     }
     #else
-    CYLORA_INLINE void cylora_add_squares_16(double *lanes, const float *g, Py_ssize_t groups) {
-        double sums[16];
-        for (int j = 0; j < 16; j++) sums[j] = lanes[j];
-        for (; groups > 0; groups--, g += 16)
-            for (int j = 0; j < 16; j++) {
-                const double x = g[j];
-                sums[j] += x * x;
-            }
-        for (int j = 0; j < 16; j++) lanes[j] = sums[j];
+    CYLORA_INLINE void cylora_add_squares(double *lanes, const float *g, Py_ssize_t groups) {
+        for (int half = 0; half < CYLORA_LANES; half += 16) { /* more sums than that do not fit the registers */
+            const float *x = g + half;
+            double sums[16];
+            for (int j = 0; j < 16; j++) sums[j] = lanes[half + j];
+            for (Py_ssize_t i = 0; i < groups; i++, x += CYLORA_LANES)
+                for (int j = 0; j < 16; j++) sums[j] += (double) x[j] * (double) x[j];
+            for (int j = 0; j < 16; j++) lanes[half + j] = sums[j];
+        }
     }
     #endif
     """
-    void add_squares_16 "cylora_add_squares_16"(double* lanes, const float* g, Py_ssize_t groups) noexcept nogil
+    void add_squares_by_lanes "cylora_add_squares"(double* lanes, const float* g, Py_ssize_t groups) noexcept nogil
 
 
 cdef extern from *:
@@ -117,11 +113,13 @@ cdef const float* window(
 
 
 cdef double fold(const double* lanes) noexcept nogil:
-    """Sum of the lanes as a fixed tree: 16 -> 8 -> 4 -> 2 -> 1."""
-    cdef double half[8]
+    """Sum of the lanes as a fixed tree: 32 -> 16 -> 8 -> 4 -> 2 -> 1."""
+    cdef double half[16]
     cdef int j
+    for j in range(16):
+        half[j] = lanes[j] + lanes[j + 16]
     for j in range(8):
-        half[j] = lanes[j] + lanes[j + 8]
+        half[j] = half[j] + half[j + 8]
     for j in range(4):
         half[j] = half[j] + half[j + 4]
     return (half[0] + half[2]) + (half[1] + half[3])
@@ -137,7 +135,7 @@ cdef void add_squares(double* lanes, Py_ssize_t lane, in_floats g, Py_ssize_t n)
         lane = (lane + 1) % LANES
         i += 1
     if n - i >= LANES:
-        add_squares_16(lanes, g + i, (n - i) // LANES)
+        add_squares_by_lanes(lanes, g + i, (n - i) // LANES)
         i += (n - i) // LANES * LANES
         lane = 0
     while i < n:

@@ -1,9 +1,9 @@
 """C types that the loops, their callers and foreign packages share. Types only: importing this runs nothing."""
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
-    LANES = 16      # float64 sums kept side by side; element i of a vector always belongs to lane i % LANES
+    LANES = 32      # float64 sums kept side by side; element i of a vector always belongs to lane i % LANES
     BLOCK = 8192    # elements whose lanes are folded into one block sum; block sums are added in index order
     CHUNK = 256     # elements that share a scale in 8-bit state, and that are judged together for a zero gradient
 
@@ -14,7 +14,7 @@ cdef enum:          # how numbers are stored
     EIGHT_BIT = 3   # moments only
 
 cdef struct NormState:
-    double lanes[16]
+    double lanes[32]
     double total            # sum over the finished blocks
     Py_ssize_t filled       # elements in the unfinished block, 0 <= filled < BLOCK
 
@@ -47,6 +47,9 @@ cdef struct AdamScalars:    # what one step needs, each rounded once from float6
     float one_minus_beta2
     float root_scale        # (1 - beta1^t) / (rate * sqrt(1 - beta2^t))
     float offset            # eps * (1 - beta1^t) / rate
+    float paired_rate       # rate * sqrt(1 - beta2^t) / (1 - beta1^t)
+    float paired_eps        # eps * sqrt(1 - beta2^t)
+    int32_t paired_limit    # bits of what the product of two denominators that share a division must not reach; 0: none may
     float decay             # decoupled: rate * weight_decay; l2: weight_decay
     bint l2
     uint64_t noise_key      # of this step's rounding noise
