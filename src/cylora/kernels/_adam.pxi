@@ -70,21 +70,23 @@ cdef api void adam_scalars(AdamScalars* scalars, const AdamRule* rule, double ra
 
 
 cdef enum:
-    SPAN = 32       # elements done together: element i shares a division with i + 8 or i - 8
-    QUARTERS = 4    # vectors of 8 in a span
+    SPAN = 32   # elements done together
+    PAIR = 8    # an element shares a division with the one so many before or after it
+    VECTORS = 8     # at most, in a span: WIDTH is at least 4
+    PRODUCTS = 4    # at most, of the denominators of pairs of vectors
 
 cdef enum:      # of a chunk
     LIVE        # has a gradient
     QUIET       # has none: every element of it is zero
     SILENT      # nor a first moment, and no l2 decay: no parameter moves but by its decay
 
-cdef struct Wide:   # a step's scalars, eight times each
-    f8 clip_scale
-    f8 one_minus_beta1
-    f8 one_minus_beta2
-    f8 paired_rate
-    f8 paired_eps
-    f8 decay
+cdef struct Wide:   # a step's scalars, in each lane
+    floats clip_scale
+    floats one_minus_beta1
+    floats one_minus_beta2
+    floats paired_rate
+    floats paired_eps
+    floats decay
 
 cdef struct Storage:    # how moments are stored, and what compact forms need
     int kind
@@ -100,14 +102,14 @@ cdef inline void widen_scalars(Wide* wide, const AdamScalars* k) noexcept nogil:
     wide.paired_rate, wide.paired_eps, wide.decay = splat(k.paired_rate), splat(k.paired_eps), splat(k.decay)
 
 
-cdef inline void advance_moments(f8 p, f8 g, f8* m, f8* v, const Wide* k, bint l2, int mode) noexcept nogil:
-    """The moments of eight elements, in increment form.
+cdef inline void advance_moments(floats p, floats g, floats* m, floats* v, const Wide* k, bint l2, int mode) noexcept nogil:
+    """The moments of WIDTH elements, in increment form.
 
     Without a gradient they decay to 0, not for good to subnormal numbers, which take the arithmetic units up to ten times
     as long: m is dropped while its product with 1 - beta1 is normal, far below what eps (1e-30 at least) lets a parameter
     feel; v once m is gone, below 2^-112, which a later step feels only if its gradient and eps are below some 1e-16.
     """
-    cdef f8 gi = g * k.clip_scale
+    cdef floats gi = g * k.clip_scale
     if l2:
         gi = bounded(gi + k.decay * p)
     m[0] = m[0] + k.one_minus_beta1 * (gi - m[0])
@@ -117,75 +119,81 @@ cdef inline void advance_moments(f8 p, f8 g, f8* m, f8* v, const Wide* k, bint l
 
 
 cdef inline void advance_span(
-    const float* p, const float* g, void* m, void* v, float* new_m, float* new_v, f8* denominators,
+    const float* p, const float* g, void* m, void* v, float* new_m, float* new_v, floats* denominators,
     const Storage* stored, const Wide* k, bint l2, int mode
 ) noexcept nogil:
     """The moments of a span as they are before rounding, and the denominators of its parameters. Float32 moments are in their
     place then, ``new_m`` and ``new_v``; bfloat16 ones are stored too; 8-bit codes follow when the whole chunk is known."""
-    cdef uint16_t* m_halves = <uint16_t*> m
-    cdef uint16_t* v_halves = <uint16_t*> v
-    cdef f8 mi, vi
+    cdef floats mi, vi
     cdef int j
-    for j in range(QUARTERS):
-        if stored.kind == FLOAT32:
-            mi, vi = load(new_m + 8 * j), load(new_v + 8 * j)
-        elif stored.kind == BFLOAT16:
-            mi, vi = load_bfloat16(m_halves + 8 * j), load_bfloat16(v_halves + 8 * j)
-        else:
-            mi, vi = decode_m(<uint8_t*> m + 8 * j, stored.m_base), decode_v(<uint8_t*> v + 8 * j, stored.v_base)
-        advance_moments(load(p + 8 * j), load(g + 8 * j), &mi, &vi, k, l2, mode)
-        store(new_m + 8 * j, mi)
-        store(new_v + 8 * j, vi)
-        denominators[j] = root(vi) + k.paired_eps
+    if stored.kind == EIGHT_BIT:
+        decode(new_m, new_v, <uint8_t*> m, <uint8_t*> v, SPAN, stored.m_base, stored.v_base)
+    for j in range(SPAN // WIDTH):
         if stored.kind == BFLOAT16:
-            store_bfloat16(m_halves + 8 * j, v_halves + 8 * j, mi, vi, stored.noise + 8 * j, stored.shift)
+            mi, vi = load_bfloat16(<uint16_t*> m + j * WIDTH), load_bfloat16(<uint16_t*> v + j * WIDTH)
+        else:
+            mi, vi = load(new_m + j * WIDTH), load(new_v + j * WIDTH)
+        advance_moments(load(p + j * WIDTH), load(g + j * WIDTH), &mi, &vi, k, l2, mode)
+        store(new_m + j * WIDTH, mi)
+        store(new_v + j * WIDTH, vi)
+        denominators[j] = root(vi) + k.paired_eps
+    if stored.kind == BFLOAT16:
+        for j in range(SPAN):
+            (<uint16_t*> m)[j] = m_to_bfloat16(new_m[j], stored.noise[j], stored.shift)
+            (<uint16_t*> v)[j] = v_to_bfloat16(new_v[j], stored.noise[j], stored.shift)
 
 
-cdef inline void move(float* p, f8 pull, const Wide* k, bint l2) noexcept nogil:
-    """Eight parameters after the step (Kingma & Ba 2015, algorithm 1); decay decoupled (Loshchilov & Hutter 2019) or, in l2
+cdef inline void move(float* p, floats pull, const Wide* k, bint l2) noexcept nogil:
+    """WIDTH parameters after the step (Kingma & Ba 2015, algorithm 1); decay decoupled (Loshchilov & Hutter 2019) or, in l2
     mode, already in the gradient."""
-    cdef f8 pi = load(p)
+    cdef floats pi = load(p)
     store(p, pi - (pull if l2 else k.decay * pi + pull))
-
-
-cdef inline void paired_pull(
-    float* p, const float* m, f8 first, f8 second, f8 product, const Wide* k, bint l2
-) noexcept nogil:
-    """Move two vectors of 8 by rate * m / denominator with one division for both: 1/x = y * 1/(xy).
-
-    The unit that divides and takes roots is what a step waits for; two products more cost less, and two roundings of the
-    pull. m comes from memory, where it was just stored: in registers it would displace others.
-    """
-    cdef f8 shared = quotient(k.paired_rate, product)
-    move(p, load(m) * (shared * second), k, l2)
-    move(p + 8, load(m + 8) * (shared * first), k, l2)
 
 
 cdef void single_pull(float* p, const float* m, const float* v, const void* scalars, int l2) noexcept nogil:
     """Move a span where a product of two denominators, or a quotient by one, might leave the normal numbers."""
     cdef const AdamScalars* s = <const AdamScalars*> scalars
-    cdef f8 root_scale = splat(s.root_scale), offset = splat(s.offset)
+    cdef floats root_scale = splat(s.root_scale), offset = splat(s.offset)
     cdef Wide k
     cdef int j
     widen_scalars(&k, s)
-    for j in range(QUARTERS):
-        move(p + 8 * j, quotient(load(m + 8 * j), root(load(v + 8 * j)) * root_scale + offset), &k, l2)
+    for j in range(SPAN // WIDTH):
+        move(p + j * WIDTH, quotient(load(m + j * WIDTH), root(load(v + j * WIDTH)) * root_scale + offset), &k, l2)
+
+
+cdef inline int first_of_pair(int pair) noexcept nogil:
+    """Index among a span's vectors of the first one of a pair; the second comes PAIR elements later."""
+    return pair // (PAIR // WIDTH) * (2 * PAIR // WIDTH) + pair % (PAIR // WIDTH)
 
 
 cdef inline void move_span(
-    float* p, const float* m, const float* v, const f8* d, const AdamScalars* s, const Wide* k, bint l2, int mode
+    float* p, const float* m, const float* v, const floats* d, const AdamScalars* s, const Wide* k, bint l2, int mode
 ) noexcept nogil:
-    """The parameters of a span whose moments are advanced, with denominators d."""
-    cdef f8 first = d[0] * d[1], second = d[2] * d[3]
-    cdef int j
+    """The parameters of a span whose moments are advanced, by rate * m / denominator, with denominators d.
+
+    Two vectors share a division: 1/x = y * 1/(xy). The unit that divides and takes roots is what a step waits for; two
+    products more cost less, and two roundings of the pull. m comes from memory, where it was just stored: in registers it
+    would displace others.
+    """
+    cdef floats products[PRODUCTS]
+    cdef floats shared
+    cdef int i, j, pair
     if mode == SILENT:
-        for j in range(QUARTERS):
-            move(p + 8 * j, splat(0.0), k, l2)
-    elif any_reaches(first, second, s.paired_limit):
+        for j in range(SPAN // WIDTH):
+            move(p + j * WIDTH, splat(0.0), k, l2)
+        return
+    for pair in range(SPAN // 2 // WIDTH):
+        i = first_of_pair(pair)
+        products[pair] = d[i] * d[i + PAIR // WIDTH]
+    if any_reaches(products, SPAN // 2 // WIDTH, s.paired_limit):
         call_apart(single_pull, p, m, v, s, l2)
-    else:
-        paired_pull(p, m, d[0], d[1], first, k, l2)
-        paired_pull(p + 16, m + 16, d[2], d[3], second, k, l2)
+        return
+    for pair in range(SPAN // 2 // WIDTH):
+        i = first_of_pair(pair)
+        j = i + PAIR // WIDTH
+        shared = quotient(k.paired_rate, products[pair])
+        move(p + i * WIDTH, load(m + i * WIDTH) * (shared * d[j]), k, l2)
+        move(p + j * WIDTH, load(m + j * WIDTH) * (shared * d[i]), k, l2)
 
 
 cdef inline void update_run(
@@ -197,8 +205,8 @@ cdef inline void update_run(
     cdef Py_ssize_t item = 4 if stored.kind == FLOAT32 else 2 if stored.kind == BFLOAT16 else 1, i = 0, rest
     cdef char* m = <char*> m_
     cdef char* v = <char*> v_
-    cdef f8 now[QUARTERS]
-    cdef f8 then[QUARTERS]
+    cdef floats now[VECTORS]
+    cdef floats then[VECTORS]
     cdef Wide k
     cdef float room[4][SPAN]
     widen_scalars(&k, s)

@@ -30,42 +30,31 @@ cdef extern from *:
     }
 
     CYLORA_INLINE float cylora_from_bfloat16(uint16_t bits) { return cylora_float_of((uint32_t) bits << 16); }
-    typedef uint16_t cylora_h8 __attribute__((vector_size(16)));
-    CYLORA_INLINE cylora_f8 cylora_load_bfloat16(const uint16_t *x) {
+    CYLORA_INLINE cylora_floats cylora_load_bfloat16(const uint16_t *x) {
     #ifdef __AVX2__
-        return (cylora_f8) _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) x)), 16);
+        return (cylora_floats) _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) x)), 16);
+    #elif defined(__x86_64__)
+        return (cylora_floats) _mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *) x));
     #else
-        cylora_h8 halves;
-        memcpy(&halves, x, 16);
-        return (cylora_f8) (__builtin_convertvector(halves, cylora_u8) << 16);
+        cylora_words bits;
+        for (int j = 0; j < CYLORA_WIDTH; j++) bits[j] = (uint32_t) x[j] << 16;
+        return (cylora_floats) bits;
     #endif
     }
-    CYLORA_INLINE void cylora_store_bfloat16(
-        uint16_t *m_place, uint16_t *v_place, cylora_f8 m, cylora_f8 v, const uint32_t *noise, uint32_t shift
-    ) {
-        cylora_u8 r;
-        memcpy(&r, noise, 32);
-        r += shift;
-        const cylora_u8 m_bits = ((cylora_u8) m + (r & 0xffffu)) >> 16, v_bits = ((cylora_u8) v + (r >> 16)) >> 16;
-    #ifdef __AVX2__
-        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i) m_bits, (__m256i) v_bits), 0xd8);
-        _mm_storeu_si128((__m128i *) m_place, _mm256_castsi256_si128(packed));
-        _mm_storeu_si128((__m128i *) v_place, _mm256_extracti128_si256(packed, 1));
-    #else
-        const cylora_h8 m_halves = __builtin_convertvector(m_bits, cylora_h8);
-        const cylora_h8 v_halves = __builtin_convertvector(v_bits, cylora_h8);
-        memcpy(m_place, &m_halves, 16);
-        memcpy(v_place, &v_halves, 16);
-    #endif
+    CYLORA_INLINE uint16_t cylora_m_to_bfloat16(float m, uint32_t noise, uint32_t shift) {
+        return (uint16_t) ((cylora_bits_of(m) + ((noise + shift) & 0xffffu)) >> 16);
+    }
+    CYLORA_INLINE uint16_t cylora_v_to_bfloat16(float v, uint32_t noise, uint32_t shift) {
+        return (uint16_t) ((cylora_bits_of(v) + ((noise + shift) >> 16)) >> 16);
     }
     """
     uint64_t mix "cylora_mix"(uint64_t x) noexcept nogil
     uint32_t noise_at "cylora_noise_at"(uint64_t key, uint64_t index) noexcept nogil
     void fill_noise "cylora_fill_noise"(uint32_t* noise, Py_ssize_t n, uint64_t key) noexcept nogil
     float from_bfloat16 "cylora_from_bfloat16"(uint16_t bits) noexcept nogil
-    f8 load_bfloat16 "cylora_load_bfloat16"(const uint16_t* x) noexcept nogil
-    void store_bfloat16 "cylora_store_bfloat16"(
-        uint16_t* m_place, uint16_t* v_place, f8 m, f8 v, const uint32_t* noise, uint32_t shift) noexcept nogil
+    floats load_bfloat16 "cylora_load_bfloat16"(const uint16_t* x) noexcept nogil
+    uint16_t m_to_bfloat16 "cylora_m_to_bfloat16"(float m, uint32_t noise, uint32_t shift) noexcept nogil
+    uint16_t v_to_bfloat16 "cylora_v_to_bfloat16"(float v, uint32_t noise, uint32_t shift) noexcept nogil
 
 
 cdef api void draw_noise(uint32_t* noise, Py_ssize_t n, uint64_t key) noexcept nogil:
@@ -77,31 +66,32 @@ cdef api void draw_noise(uint32_t* noise, Py_ssize_t n, uint64_t key) noexcept n
 # into three times as many instructions, most of them for packing.
 cdef extern from *:
     """
-    CYLORA_INLINE cylora_f8 cylora_decode_m(const uint8_t *codes, uint32_t base) {
-        typedef int8_t c8 __attribute__((vector_size(8)));
+    CYLORA_INLINE void cylora_decode(
+        float *m, float *v, const uint8_t *m_codes, const uint8_t *v_codes, Py_ssize_t n, uint32_t m_base, uint32_t v_base
+    ) {
+        Py_ssize_t i = 0;
     #ifdef __AVX2__
-        const cylora_i8 code = (cylora_i8) _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) codes));
-        const cylora_u8 magnitude = (cylora_u8) _mm256_abs_epi32((__m256i) code) << 20;
-    #else
-        c8 narrow;
-        memcpy(&narrow, codes, 8);
-        const cylora_i8 code = __builtin_convertvector(narrow, cylora_i8), negative = code >> 31;
-        const cylora_u8 magnitude = (cylora_u8) ((code ^ negative) - negative) << 20;
+        const __m256i mb = _mm256_set1_epi32((int) m_base), vb = _mm256_set1_epi32((int) v_base);
+        for (; i + 8 <= n; i += 8) {
+            const __m256i cm = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) (m_codes + i)));
+            const __m256i cv = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) (v_codes + i)));
+            const __m256i magnitude = _mm256_slli_epi32(_mm256_abs_epi32(cm), 20);
+            const __m256 sign = _mm256_and_ps(_mm256_castsi256_ps(cm), _mm256_set1_ps(-0.0f));
+            const __m256 xm = _mm256_sub_ps(
+                _mm256_castsi256_ps(_mm256_add_epi32(magnitude, mb)), _mm256_castsi256_ps(mb));
+            const __m256 xv = _mm256_sub_ps(
+                _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(cv, 20), vb)), _mm256_castsi256_ps(vb));
+            _mm256_storeu_ps(m + i, _mm256_or_ps(xm, sign));
+            _mm256_storeu_ps(v + i, xv);
+        }
     #endif
-        const cylora_f8 x = (cylora_f8) (magnitude + base) - cylora_splat(cylora_float_of(base));
-        return (cylora_f8) ((cylora_u8) x | ((cylora_u8) code & 0x80000000u));
-    }
-
-    CYLORA_INLINE cylora_f8 cylora_decode_v(const uint8_t *codes, uint32_t base) {
-        typedef uint8_t c8 __attribute__((vector_size(8)));
-    #ifdef __AVX2__
-        const cylora_u8 code = (cylora_u8) _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) codes));
-    #else
-        c8 narrow;
-        memcpy(&narrow, codes, 8);
-        const cylora_u8 code = __builtin_convertvector(narrow, cylora_u8);
-    #endif
-        return (cylora_f8) ((code << 20) + base) - cylora_splat(cylora_float_of(base));
+        for (; i < n; i++) {
+            const int32_t code = (int8_t) m_codes[i];
+            const uint32_t magnitude = (uint32_t) (code < 0 ? -code : code) << 20;
+            const float xm = cylora_float_of(magnitude + m_base) - cylora_float_of(m_base);
+            m[i] = cylora_float_of(cylora_bits_of(xm) | ((uint32_t) code & 0x80000000u));
+            v[i] = cylora_float_of(((uint32_t) v_codes[i] << 20) + v_base) - cylora_float_of(v_base);
+        }
     }
 
     CYLORA_INLINE void cylora_encode(
@@ -144,8 +134,9 @@ cdef extern from *:
         }
     }
     """
-    f8 decode_m "cylora_decode_m"(const uint8_t* codes, uint32_t base) noexcept nogil
-    f8 decode_v "cylora_decode_v"(const uint8_t* codes, uint32_t base) noexcept nogil
+    void decode "cylora_decode"(
+        float* m, float* v, const uint8_t* m_codes, const uint8_t* v_codes, Py_ssize_t n,
+        uint32_t m_base, uint32_t v_base) noexcept nogil
     void encode "cylora_encode"(
         uint8_t* m_codes, uint8_t* v_codes, const float* m, const float* v, Py_ssize_t n, uint32_t m_base, uint32_t v_base,
         const uint32_t* noise, uint32_t shift) noexcept nogil
