@@ -20,14 +20,18 @@ ALLOWED = {
     "flat": {"errors", "checks"},
     "schedule": {"errors", "checks", "config"},
     "adapter": {"errors", "checks", "config", "flat"},
-    "history": {"errors", "checks", "config"},
+    "plotting": {"errors", "checks"},
+    "history_text": {"errors"},
+    "history": {"errors", "checks", "config", "plotting", "history_text"},
+    "trackers": {"errors", "checks", "history"},
     "accumulation": {"errors", "checks", "flat"},
     "moments": {"errors", "checks", "config", "flat"},
     "optimizer": {"errors", "checks", "config", "flat", "kernels", "moments"},
 }
-ALLOWED["trainer"] = {*ALLOWED, "adapter"} - {"kernels", "moments", "trainer"}
-ALLOWED["many"] = {*ALLOWED} - {"kernels", "moments"}
-PUBLIC = {*ALLOWED} - {"kernels", "checks", "accumulation", "moments"}
+NOT_FOR_STEPS = {"kernels", "moments", "plotting", "history_text", "trackers"}
+ALLOWED["trainer"] = {*ALLOWED} - NOT_FOR_STEPS
+ALLOWED["many"] = {*ALLOWED} - NOT_FOR_STEPS
+PUBLIC = {*ALLOWED} - {"kernels", "checks", "accumulation", "moments", "plotting", "history_text"}
 ALLOWED["package"] = PUBLIC  # cylora/__init__.py
 ABOVE = {*ALLOWED} - {"kernels"}  # what the parts above the trainer may use; "package" for the version
 ALLOWED["formats"] = ABOVE
@@ -39,7 +43,8 @@ ALLOWED["integrations"] = ABOVE | {"formats", "serving"}
 HEAVY = {"torch", "peft", "transformers", "mpi4py"}  # for integrations alone
 # Anything else from outside must be asked for by name here.
 OUTSIDE = {"numpy", "safetensors"}
-OPTIONAL = {"gguf"}  # extras that formats imports where it needs them, by importlib
+# Extras, by the part that imports them where it needs them, by importlib.
+OPTIONAL = {"formats": {"gguf"}, "plotting": {"matplotlib"}, "trackers": {"tensorboard"}}
 # What would run what a file says, start a program, or fetch something.
 DANGEROUS_MODULES = {
     "pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "jsonpickle", "yaml",
@@ -110,7 +115,7 @@ def complaints(source: Path) -> list[str]:
                     found.append(f"{where}: only integrations may import {root}")
             elif root in DANGEROUS_MODULES:
                 found.append(f"{where}: {root} is not used in this package")
-            elif root in OPTIONAL and part == "formats" and "import_module(" in path.read_text().splitlines()[line - 1]:
+            elif root in OPTIONAL.get(part, ()) and "import_module(" in path.read_text().splitlines()[line - 1]:
                 continue
             elif (
                 path.suffix == ".py" and root not in sys.stdlib_module_names | OUTSIDE and part not in ("tasks", "cli")
@@ -198,6 +203,10 @@ WRONG = [
     ("config.py", "import pandas", "pandas is no dependency"),
     ("formats/durable.py", "import gguf", "gguf is no dependency"),
     ("config.py", "import importlib\nimportlib.import_module('gguf')", "gguf is no dependency"),
+    ("history.py", "import importlib\nimportlib.import_module('matplotlib')", "matplotlib is no dependency"),
+    ("plotting.py", "import matplotlib", "matplotlib is no dependency"),
+    ("plotting.py", "from cylora.history import TrainingHistory", "plotting must not import history"),
+    ("trackers.py", "from cylora.trainer import LoraTrainer", "trackers must not import trainer"),
     ("kernels/adam.pyx", "from cylora.flat import FlatBuffer", "kernels must not import flat"),
     ("kernels/_loops.pxi", "cimport numpy as np", "kernels are built without numpy"),
     ("kernels/_loops.pxi", "import math as m, torch.x", "only integrations may import torch"),

@@ -10,18 +10,20 @@ import csv
 import json
 import math
 import operator
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any, NamedTuple, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cylora import checks
+from cylora import checks, plotting
 from cylora.errors import ConfigError, FormatError, InputError, StateError
+from cylora.history_text import COLUMNS, read_rows
 
 __all__ = ["TrainingHistory", "TrainingStep"]
 
-COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "perplexity", "skipped")
 STORED = ("loss", "learning_rate", "grad_norm", "skipped")
 HF_NAMES = ("step", "loss", "learning_rate", "grad_norm")
 FIRST_CAPACITY = 64
@@ -32,6 +34,12 @@ def _perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
+
+
+def _checked_names(names: str) -> str:
+    if names not in ("cylora", "hf"):
+        raise ConfigError(f"names must be 'cylora' or 'hf', got {names!r}")
+    return names
 
 
 def _json_number(value: float) -> float | str:
@@ -67,9 +75,15 @@ class TrainingStep(NamedTuple):
     perplexity: float
     skipped: bool = False
 
-    def to_dict(self) -> dict[str, int | float | bool]:
-        """Return the fields by name."""
-        return self._asdict()
+    def to_dict(self, names: str = "cylora") -> dict[str, int | float | bool]:
+        """Return the fields by name.
+
+        ``names="hf"`` gives what Hugging Face's ``Trainer.state.log_history`` has: step (counted from 1, as its
+        ``global_step``), loss, learning_rate, grad_norm.
+        """
+        if _checked_names(names) == "cylora":
+            return self._asdict()
+        return dict(zip(HF_NAMES, (self.step + 1, self.loss, self.learning_rate, self.grad_norm), strict=True))
 
     def to_json(self) -> str:
         """Return one strict JSON object; NaN and infinities are the strings "NaN", "Infinity", "-Infinity"."""
@@ -223,16 +237,49 @@ class TrainingHistory(Sequence[TrainingStep]):
     # ------------------------------------------------------------------ hand-over
 
     def to_dicts(self, names: str = "cylora") -> list[dict[str, int | float | bool]]:
-        """Return a dict for each kept step.
+        """Return a dict for each kept step: `TrainingStep.to_dict` with these ``names``."""
+        _checked_names(names)
+        return [step.to_dict(names) for step in self]
 
-        ``names="hf"`` gives the rows of Hugging Face's ``Trainer.state.log_history``: step (counted from 1, as its
-        ``global_step``), loss, learning_rate, grad_norm.
+    def curves(self, label: str = "", **about: Any) -> plotting.Curves:
+        """Return the kept steps as `cylora.plotting` draws them; ``about`` are the other fields of a Curves."""
+        loss, rate, norm, skipped = map(self.column, STORED)
+        return plotting.Curves(label, self.column("step") + 1, loss, norm, rate, skipped, **about)
+
+    def plot(
+        self,
+        axes: Any = None,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        title: str = "",
+        smooth: int | None = None,
+        log: bool | None = None,
+    ) -> Any:
+        """Draw loss, gradient norm and learning rate over the kept steps, and return the matplotlib Figure.
+
+        Steps are counted from 1; those that were skipped are marked. A long history is drawn as the lowest and highest
+        value of each small range, so that no spike is lost. No window is opened and no backend chosen: a notebook shows
+        the figure that is returned.
+
+        Parameters
+        ----------
+        axes : None for a new figure; a matplotlib Axes for the loss alone; or three, for loss, norm and rate.
+        path : file to write too: .pdf, .png or .svg. It is drawn before the file is opened.
+        title : above everything.
+        smooth : steps of the running mean that is drawn over the values; 0 for none, None for a fiftieth of them.
+        log : whether loss and norm have logarithmic axes. None: where all values are above 0.
+
+        Raises
+        ------
+        ConfigError   If an argument breaks its rule.
+        InputError    If matplotlib is not there.
         """
-        if names == "cylora":
-            return [step.to_dict() for step in self]
-        if names != "hf":
-            raise ConfigError(f"names must be 'cylora' or 'hf', got {names!r}")
-        return [dict(zip(HF_NAMES, (s.step + 1, s.loss, s.learning_rate, s.grad_norm), strict=True)) for s in self]
+        if path is not None:
+            plotting.check_ending(path)
+        figure = plotting.draw([self.curves()], title=title, smooth=smooth, log=log, axes=axes)
+        if path is not None:
+            Path(path).write_bytes(plotting.rendered(figure, path))
+        return figure
 
     def write_jsonl(self, stream: IO[str]) -> None:
         """Write one JSON object a line for each kept step."""
@@ -250,30 +297,22 @@ class TrainingHistory(Sequence[TrainingStep]):
 
         Totals are made from the rows, so what a limited history wrote after it dropped steps is refused.
         """
-        history = cls(limit)
-        for number, line in _lines(stream):
-            if line.strip():
-                try:
-                    row = json.loads(line, object_pairs_hook=_object)
-                except (ValueError, RecursionError) as error:
-                    raise FormatError(f"line {number} must be a JSON object, got {line[:40]!r} ({error})") from None
-                if not isinstance(row, dict):
-                    raise FormatError(f"line {number} must be a JSON object, got {line[:40]!r}")
-                history._append_row(f"line {number}", row)
-        return history
+        return cls._read(stream, "jsonl", limit)
 
     @classmethod
     def read_csv(cls, stream: IO[str], limit: int | None = None) -> Self:
         """Read what `write_csv` wrote. Anything wrong is a FormatError with its line; limits as for `read_jsonl`."""
+        return cls._read(stream, "csv", limit)
+
+    @classmethod
+    def _read(cls, stream: IO[str], form: str, limit: int | None) -> Self:
         history = cls(limit)
-        rows = csv.DictReader(line for _, line in _lines(stream))
-        try:
-            if tuple(rows.fieldnames or ()) != COLUMNS:
-                raise FormatError(f"line 1 must be the header {','.join(COLUMNS)}, got {rows.fieldnames!r}")
-            for row in rows:
-                history._append_row(f"line {rows.line_num}", row)
-        except csv.Error as error:
-            raise FormatError(f"line {max(rows.reader.line_num, 1)} must be CSV ({error})") from None
+        for place, (step, *numbers, skipped) in read_rows(stream, form):
+            if step != history.total_steps:
+                expected = f"{history.total_steps} (0, then one more a row)"
+                raise FormatError(f"{place}: step must be {expected}, got {step}")
+            loss, rate, norm = numbers
+            history.append(loss=loss, learning_rate=rate, grad_norm=norm, skipped=skipped)
         return history
 
     def state_dict(self) -> dict[str, Any]:
@@ -312,43 +351,3 @@ class TrainingHistory(Sequence[TrainingStep]):
                 history._rows[slots, place] = columns[place][part]
         history._sums[:] = loss_sum, skipped, first_loss
         return history
-
-    def _append_row(self, place: str, row: Mapping[str, Any]) -> None:
-        """Append one parsed row; its step must be the next one."""
-        if set(row) != set(COLUMNS):
-            raise FormatError(f"{place} must have the keys {', '.join(COLUMNS)}, got {', '.join(map(str, row))}")
-        step, skipped = _parse(place, "step", row["step"], int), _parse(place, "skipped", row["skipped"], int)
-        if skipped not in (0, 1):
-            raise FormatError(f"{place}: skipped must be true or false, got {row['skipped']!r}")
-        if step != self.total_steps:
-            raise FormatError(f"{place}: step must be {self.total_steps} (0, then one more a row), got {step}")
-        loss, rate, norm, _ = (_parse(place, name, row[name], float) for name in COLUMNS[1:5])
-        self.append(loss=loss, learning_rate=rate, grad_norm=norm, skipped=bool(skipped))
-
-
-def _lines(stream: IO[str]) -> Iterator[tuple[int, str]]:
-    number = 0
-    try:
-        for number, line in enumerate(stream, 1):
-            yield number, line
-    except UnicodeDecodeError as error:
-        raise FormatError(f"line {number + 1} or one soon after must be text ({error})") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        raise ValueError("a key is repeated")
-    return row
-
-
-def _parse(place: str, name: str, value: Any, kind: type[int] | type[float]) -> Any:
-    try:
-        if (kind is int and isinstance(value, float)) or (name != "skipped" and isinstance(value, bool)):
-            raise TypeError
-        if isinstance(value, str) and "_" in value:  # float("1_0") is 10
-            raise ValueError
-        return kind(value)
-    except (TypeError, ValueError, OverflowError):
-        what = "an integer" if kind is int else "a number"
-        raise FormatError(f"{place}: {name} must be {what}, got {value!r}") from None
