@@ -7,6 +7,7 @@
 >>> # record = trainer.step(loss, adapter, grad_a, grad_b)
 """
 
+from cylora import trackers
 from cylora.adapter import AdapterSet, GradientPair, Gradients, LoraAdapter
 from cylora.config import LoraConfig, LoraTrainingConfig
 from cylora.errors import (
@@ -48,6 +49,7 @@ __all__ = [
     "clip_grad_norm_",
     "grad_norm",
     "step_many",
+    "trackers",
 ]
 
 __version__ = "0.1.0"
