@@ -6,6 +6,7 @@ from cylora.formats.generations import list_generations, load_generation, save_g
 from cylora.formats.gguf import gguf_bytes, save_gguf
 from cylora.formats.inspection import inspect, verify
 from cylora.formats.peft import load_peft, peft_files, save_peft
+from cylora.formats.trainer_state import save_trainer_state, trainer_state
 
 __all__ = [
     "Checkpoint",
@@ -23,5 +24,7 @@ __all__ = [
     "save_generation",
     "save_gguf",
     "save_peft",
+    "save_trainer_state",
+    "trainer_state",
     "verify",
 ]
