@@ -22,12 +22,15 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load
+from screen import Screen
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cylora
 from cylora import LoraTrainingConfig, _cli_info, _cli_run_folder, _cli_train, cli, optimizer
 from cylora.formats import durable, load_generation, load_peft
 from cylora.tasks.digits import DigitsTask
 from cylora.tasks.settings import FIELDS
+from cylora.trackers import EVENT_WRITER, TensorBoardLogger
 
 WEIGHTS = "adapters/latest/adapter_model.safetensors"
 CHECKPOINTS = ["checkpoints", "checkpoints/checkpoint-*.safetensors"]
@@ -35,7 +38,8 @@ ADAPTERS = [
     "adapters", "adapters/adapter@*", "adapters/adapter@*/adapter_config.json",
     "adapters/adapter@*/adapter_model.safetensors", "adapters/latest",
 ]  # fmt: skip
-FILES = sorted([*ADAPTERS, *CHECKPOINTS, "config.toml", "history.jsonl", "measures.jsonl", "picture.png"])
+LOGS = ["history.jsonl", "measures.jsonl", "picture.png", "trainer_state.json"]
+FILES = sorted([*ADAPTERS, *CHECKPOINTS, "config.toml", *LOGS])
 COMMAND = [sys.executable, "-c", "import sys; from cylora.cli import main; sys.exit(main())"]
 # Where the package under test is imported from, for the processes that tests start elsewhere.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(cylora.__file__).parent.parent), "OPENBLAS_NUM_THREADS": "1"}
@@ -103,7 +107,7 @@ def test_train_without_options_recovers_the_turned_digits(folder: Path) -> None:
     assert turned[1] >= upright[0] - 0.02
     assert re.search(r"^trained +4,688 of 30,810 parameters \(15.2 %\)$", done.stdout, re.M)
     assert re.search(r"^speed +[\d,]+ steps per second, [\d.]+ % of the time in cylora's step$", done.stdout, re.M)
-    assert f"written  runs/{made.name}: checkpoints, adapters, history.jsonl, measures.jsonl, picture" in done.stdout
+    assert f"written  runs/{made.name}: checkpoints, adapters, history.jsonl, measures.jsonl, trainer" in done.stdout
     lines = done.stderr.splitlines()
     assert len(lines) == 20
     assert all(re.fullmatch(r"step \d+/1000, loss \S+, rate \S+, grad norm \S+", line) for line in lines)
@@ -114,6 +118,13 @@ def test_train_without_options_recovers_the_turned_digits(folder: Path) -> None:
     assert [record["step"] for record in measures] == list(range(0, 1001, 50))
     assert measures[-1]["turned accuracy"] == pytest.approx(turned[1], abs=1e-4)
     assert (made / "picture.png").read_bytes().startswith(b"\x89PNG")
+    state = json.loads((made / "trainer_state.json").read_text())
+    assert (state["global_step"], state["max_steps"], state["epoch"]) == (1000, 1000, 1.0)
+    assert (state["logging_steps"], state["eval_steps"], state["save_steps"]) == (50, 50, 100)
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == list(range(50, 1001, 50))
+    evaluations = [entry for entry in state["log_history"] if "eval_turned accuracy" in entry]
+    assert [entry["step"] for entry in evaluations] == list(range(0, 1001, 50))
+    assert evaluations[-1]["eval_turned accuracy"] == measures[-1]["turned accuracy"]
 
     # The saved adapters are the ones that were measured.
     task = DigitsTask(LoraTrainingConfig.from_dict(DigitsTask.training_defaults).lora_config, 0)
@@ -375,6 +386,18 @@ def test_missing_extra_is_said_before_training_and_spares_info(
     assert run("info").code == 0
 
 
+def test_missing_tensorboard_is_said_before_training_where_it_was_asked_for(
+    run: Callable[..., SimpleNamespace], folder: Path, monkeypatch: pytest.MonkeyPatch, task: Callable[[str], None]
+) -> None:
+    monkeypatch.setitem(sys.modules, EVENT_WRITER, None)
+    done = run("train", "--task", "mine:Task", "--tensorboard")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "cylora train needs more packages" in done.err
+    assert done.err.endswith("pip install 'cylora[tensorboard]'\n")
+    assert contents(folder) == ["mine.py"]
+    assert run("train", "--task", "mine:Task", "--max-steps", 1).code == 0
+
+
 def test_folder_that_is_not_writable_is_refused(
     run: Callable[..., SimpleNamespace], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -468,7 +491,9 @@ def test_file_that_cannot_be_written_does_not_keep_the_others_from_it(
     done = run("train", "--task", "mine:Task", "--output", "out", "--max-steps", 2, "--log-every", 0)
     assert done.code == 1
     assert done.err == "cylora: error: out/history.jsonl was not written: No space left on device\n"
-    assert contents(folder / "out") == sorted([*ADAPTERS, *CHECKPOINTS, "config.toml", "picture.png"])
+    assert contents(folder / "out") == sorted(
+        [*ADAPTERS, *CHECKPOINTS, "config.toml", "picture.png", "trainer_state.json"]
+    )
 
 
 def test_weights_that_are_not_finite_are_not_saved(
@@ -477,7 +502,7 @@ def test_weights_that_are_not_finite_are_not_saved(
     task(FAILS_AT_3.format("self.adapters.flat.vector[0] = np.inf; raise ValueError"))
     done = run("train", "--task", "mine:Task", "--output", "out", "--max-steps", 8)
     assert done.code == 1
-    left = ["adapters", *CHECKPOINTS, "config.toml", "history.jsonl", "measures.jsonl", "picture.png"]
+    left = ["adapters", *CHECKPOINTS, "config.toml", *LOGS]
     assert contents(folder / "out") == left
     assert load_generation(folder / "out" / "checkpoints").trainer.total_steps() == 3  # from before it went wrong
 
@@ -596,6 +621,56 @@ def test_sigint_to_a_real_process_saves_what_was_learned(folder: Path, task: Cal
     assert len(load((folder / "out" / WEIGHTS).read_bytes())) == 6
 
 
+# ---------------------------------------------------------------------- TensorBoard
+
+
+def test_tensorboard_gets_steps_and_evaluations_and_changes_no_bit(
+    run: Callable[..., SimpleNamespace], folder: Path
+) -> None:
+    common = ("train", "--max-steps", 20, "--log-every", 5, "--eval-every", 15)
+    assert run(*common, "--output", "plain").code == 0
+    done = run(*common, "--output", "board", "--tensorboard")
+    assert done.code == 0
+    assert "written  board: tensorboard, checkpoints" in done.out
+    for name in (WEIGHTS, "history.jsonl", "config.toml", "measures.jsonl", "trainer_state.json"):
+        assert (folder / "plain" / name).read_bytes() == (folder / "board" / name).read_bytes(), name
+    events = EventAccumulator(str(folder / "board" / "tensorboard"))
+    events.Reload()
+    steps = {name: [event.step for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert steps == {
+        **{f"train/{name}": [5, 10, 15, 20] for name in ("loss", "grad_norm", "learning_rate")},
+        **{f"eval/{name} accuracy": [0, 15, 20] for name in ("upright", "turned")},
+    }
+    history = [json.loads(line) for line in (folder / "board" / "history.jsonl").read_text().splitlines()]
+    assert [event.value for event in events.Scalars("train/loss")] == [
+        np.float32(history[step - 1]["loss"]) for step in (5, 10, 15, 20)
+    ]
+    assert run("train", "--resume", "board", "--max-steps", 20, "--tensorboard").code == 0
+
+
+def test_tensorboard_that_fails_ends_itself_not_the_training(
+    run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TensorBoardLogger, "log", full)
+    monkeypatch.setattr(TensorBoardLogger, "close", full)
+    done = run("train", "--task", "mine:Task", "--max-steps", 4, "--log-every", 1, "--output", "out", "--tensorboard")
+    assert done.code == 0
+    problem = "out/tensorboard was not written: No space left on device; the training goes on without it"
+    assert done.err.splitlines().count(f"warning: {problem}") == 1
+    assert load_generation(folder / "out" / "checkpoints").trainer.total_steps() == 4
+
+
+def test_run_that_fails_at_once_leaves_no_events(
+    run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None]
+) -> None:
+    task("Task.loss_and_gradients = lambda self, step, gradients: 1 / 0\nTask.evaluate = lambda self: {'a': 1.0}")
+    assert run("train", "--task", "mine:Task", "--output", "out", "--tensorboard").code == 1
+    assert contents(folder) == ["mine.py"]
+
+
 # ---------------------------------------------------------------------- terminals and pipes
 
 
@@ -622,17 +697,33 @@ def in_terminal(arguments: list[str], environment: dict[str, str], columns: int 
 
 
 @pytest.mark.parametrize("columns", [100, 0])
-def test_terminal_shows_a_bar_with_loss_rate_and_norm(folder: Path, columns: int) -> None:
+def test_terminal_shows_a_live_view_and_is_left_below_it(folder: Path, columns: int) -> None:
     environment = {key: value for key, value in ENVIRONMENT.items() if key != "NO_COLOR"} | {"TERM": "xterm"}
     shown = in_terminal(["train", "--max-steps", "200"], environment, columns)
-    assert "100%|" in shown
-    assert re.search(r"200/200 \[00:00, loss \S+, rate \S+, norm \S+\]", shown)
     assert "\x1b[32m" in shown
+    screen = Screen(columns or 80, 24)
+    screen.write(shown)
+    bar, loss, norm, rate, evaluation, below = screen.lines
+    assert re.fullmatch(r"digits 100%\|█+\| 200/200 \[[\d,]+ steps/s, 00:00 left\]", bar)
+    assert re.fullmatch(r"loss +\S+ +[▁▂▃▄▅▆▇█]+", loss)
+    assert re.fullmatch(r"norm +\S+ +[▁▂▃▄▅▆▇█]+", norm)
+    assert re.fullmatch(r"rate +\S+ +[▁▂▃▄▅▆▇█]+", rate)
+    assert re.fullmatch(r"eval +upright accuracy [\d.]+, turned accuracy [\d.]+ \(step 200\)", evaluation)
+    assert (below, screen.row, screen.column) == ("", 5, 0)
+    assert "step 50/200" not in shown
 
 
 def test_no_color_is_respected_on_a_terminal(folder: Path) -> None:
-    shown = in_terminal(["train", "--max-steps", "20"], {**ENVIRONMENT, "NO_COLOR": "1"})
-    assert "20/20" in shown
+    shown = in_terminal(["train", "--max-steps", "20"], {**ENVIRONMENT, "TERM": "xterm", "NO_COLOR": "1"})
+    screen = Screen(100, 24)
+    screen.write(shown)
+    assert "20/20" in screen.lines[0]
+    assert screen.colours == set()
+
+
+def test_dumb_terminal_gets_lines(folder: Path) -> None:
+    shown = in_terminal(["train", "--max-steps", "100"], {**ENVIRONMENT, "TERM": "dumb"})
+    assert [line.split(",")[0] for line in shown.splitlines()] == ["step 50/100", "step 100/100"]
     assert "\x1b" not in shown
 
 

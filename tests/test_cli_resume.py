@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import io
 import json
 import os
 import re
@@ -23,7 +22,6 @@ from cylora import LoraTrainer, LoraTrainingConfig, _cli_train
 from cylora._cli_run_folder import RunFolder
 from cylora.errors import FormatError
 from cylora.formats import list_generations, load_checkpoint, load_generation, save_generation
-from cylora.tasks.progress import Progress
 from cylora.tasks.run import TrainingRun
 
 OUTPUTS = ["adapters/latest/adapter_config.json", "adapters/latest/adapter_model.safetensors", "history.jsonl"]
@@ -438,32 +436,3 @@ def test_progress_that_is_none_changes_nothing(change: dict[str, Any], message: 
     with pytest.raises(FormatError, match=message):
         run.restore(good | change)
     assert run.measures == []
-
-
-class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return 0
-
-
-def test_bar_begins_where_the_run_goes_on_and_warnings_stand_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "get_terminal_size", lambda descriptor: os.terminal_size((80, 24)))
-    stream = Terminal()
-    with Progress(stream, "a run", 10, quiet=False) as progress:
-        progress.skip(7)
-        progress.warn("a warning")
-    assert "warning: a warning\n" in stream.getvalue()
-    assert "7/10" in stream.getvalue()
-
-
-def test_warnings_are_lines_elsewhere_and_nothing_when_quiet() -> None:
-    for quiet, expected in ((False, "warning: a warning\n"), (True, "")):
-        stream = io.StringIO()
-        with Progress(stream, "a run", 10, quiet=quiet) as progress:
-            progress.skip(7)
-            progress.warn("a warning")
-        assert stream.getvalue() == expected

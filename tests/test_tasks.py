@@ -1,7 +1,5 @@
-"""The task protocol, the settings' layers, the run, its progress and its picture."""
+"""The task protocol, the settings' layers, the run and its picture."""
 
-import io
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -17,7 +15,6 @@ from cylora import AdapterSet, Gradients, LoraConfig, LoraTrainer, LoraTrainingC
 from cylora.errors import ConfigError, FormatError, InputError, TaskError
 from cylora.tasks import picture, protocol
 from cylora.tasks.digits import DigitsTask
-from cylora.tasks.progress import Progress
 from cylora.tasks.protocol import CheckedTask, RunFailure, load_factory, training_defaults
 from cylora.tasks.run import TrainingRun
 from cylora.tasks.settings import FIELDS, TABLES, RunSettings, read_tables, resolve, task_tables
@@ -400,94 +397,6 @@ def test_skipped_steps_do_not_keep_a_run_from_ending() -> None:
     trainer = LoraTrainer(LoraTrainingConfig(max_steps=5, nonfinite="skip"))
     run = TrainingRun(checked(loss_and_gradients=loss_and_gradients), trainer)
     assert [record.skipped for record in run.steps()] == [True] * 5
-
-
-# ---------------------------------------------------------------------- progress
-
-RECORD = TrainingStep(step=9, loss=0.123456, learning_rate=0.01, grad_norm=1.5, perplexity=1.1)
-
-
-class Terminal(io.StringIO):
-    """A stream that takes itself for a terminal of the given width."""
-
-    columns = 100
-
-    def isatty(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return 2
-
-
-def show(stream: io.StringIO, *, quiet: bool = False) -> None:
-    with Progress(stream, "digits", 20, quiet=quiet) as progress:
-        progress.show(RECORD)
-        progress.log(RECORD)
-        progress.log(RECORD._replace(skipped=True))
-
-
-@pytest.fixture(params=[100, 0], ids=["100 columns", "no size"])
-def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    monkeypatch.setattr(os, "get_terminal_size", lambda descriptor: os.terminal_size((request.param, 24)))
-    for name in ("NO_COLOR", "TERM"):
-        monkeypatch.delenv(name, raising=False)
-    return Terminal()
-
-
-def test_terminal_gets_a_bar_and_no_lines(terminal: Terminal) -> None:
-    show(terminal)
-    assert "digits" in terminal.getvalue()
-    assert "1/20 [" in terminal.getvalue()
-    assert "loss 0.123, rate 1.0e-02, norm 1.5" in terminal.getvalue()
-    assert "\x1b[32m" in terminal.getvalue()
-    assert "step 10/20" not in terminal.getvalue()
-
-
-@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
-def test_colours_can_be_turned_off(terminal: Terminal, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    monkeypatch.setenv(name, value)
-    show(terminal)
-    assert "1/20 [" in terminal.getvalue()
-    assert "\x1b" not in terminal.getvalue()
-
-
-def test_other_streams_get_lines() -> None:
-    stream = io.StringIO()
-    show(stream)
-    line = "step 10/20, loss 0.1235, rate 1.00e-02, grad norm 1.5"
-    assert stream.getvalue() == f"{line}\n{line}, skipped\n"
-
-
-@pytest.mark.parametrize("stream_type", [io.StringIO, Terminal])
-def test_quiet_gets_nothing(stream_type: type[io.StringIO]) -> None:
-    stream = stream_type()
-    show(stream, quiet=True)
-    assert stream.getvalue() == ""
-
-
-def test_stream_that_breaks_ends_the_lines_not_the_training() -> None:
-    class Broken(io.StringIO):
-        writes = 0
-
-        def write(self, text: str) -> int:
-            self.writes += 1
-            raise BrokenPipeError
-
-    stream = Broken()
-    show(stream)
-    assert stream.writes == 1
-
-
-def test_terminal_that_breaks_ends_the_bar_not_the_training(terminal: Terminal) -> None:
-    with Progress(terminal, "digits", 20, quiet=False) as progress:
-        progress._bar = SimpleNamespace(set_postfix_str=raise_os_error)
-        progress.show(RECORD)
-        progress.show(RECORD)
-        progress._bar = SimpleNamespace(close=raise_os_error)
-
-
-def raise_os_error(*arguments: object, **options: object) -> None:
-    raise OSError(5, "Input/output error")
 
 
 # ---------------------------------------------------------------------- the picture

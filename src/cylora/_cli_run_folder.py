@@ -3,7 +3,8 @@
 config.toml      all settings, from the start
 checkpoints/     the last two generations of the whole state, for `cylora train --resume`
 adapters/        PEFT directories; ``latest`` points to the newest
-history.jsonl, measures.jsonl, picture.png
+history.jsonl, measures.jsonl, trainer_state.json, picture.png
+tensorboard/     event files, where they were asked for
 """
 
 import contextlib
@@ -22,9 +23,9 @@ from cylora.formats.generations import list_generations
 from cylora.formats.inspection import ADAPTERS, CHECKPOINTS
 from cylora.tasks.protocol import RunFailure
 
-__all__ = ["CONFIG", "RunFolder", "reason"]
+__all__ = ["CONFIG", "HISTORY", "MEASURES", "TENSORBOARD", "RunFolder", "reason"]
 
-CONFIG = "config.toml"
+CONFIG, HISTORY, MEASURES, TENSORBOARD = "config.toml", "history.jsonl", "measures.jsonl", "tensorboard"
 
 
 class RunFolder:

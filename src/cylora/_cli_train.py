@@ -12,18 +12,21 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from cylora import LoraTrainer, __version__
-from cylora._cli_run_folder import CONFIG, RunFolder, reason
+from cylora._cli_board import Board
+from cylora._cli_run_folder import CONFIG, HISTORY, MEASURES, RunFolder, reason
 from cylora.config import thread_count
 from cylora.errors import CyloraError, FormatError, InputError
 from cylora.formats.durable import LATEST, content_digest, publish_directory, published, replace_file
 from cylora.formats.generations import list_generations, load_generation, save_generation
 from cylora.formats.inspection import ADAPTERS, CHECKPOINTS
 from cylora.formats.peft import peft_files
+from cylora.formats.trainer_state import TRAINER_STATE, save_trainer_state
 from cylora.tasks.picture import draw
 from cylora.tasks.progress import Progress
 from cylora.tasks.protocol import CheckedTask, TaskFactory, load_factory, training_defaults
 from cylora.tasks.run import TrainingRun
 from cylora.tasks.settings import RunSettings, Tables, read_tables, resolve, task_tables
+from cylora.trackers import EVENT_WRITER, all_of
 
 __all__ = ["resume", "train"]
 
@@ -31,7 +34,7 @@ __all__ = ["resume", "train"]
 RESUMABLE = {"run": ("save_every",), "training": ("max_steps", "log_every", "threads")}
 
 
-def train(options: Tables, config_file: Path | None, output: Path | None, *, quiet: bool) -> int:
+def train(options: Tables, config_file: Path | None, output: Path | None, *, quiet: bool, tensorboard: bool) -> int:
     """Do what `cylora train` was asked to do and return the exit code; a failure is raised.
 
     Parameters
@@ -40,8 +43,9 @@ def train(options: Tables, config_file: Path | None, output: Path | None, *, qui
     config_file : TOML file, or None.
     output : folder to write to, or None for a new one under ./runs.
     quiet : print only the folder.
+    tensorboard : write event files too.
     """
-    _import_extras()
+    _import_extras(tensorboard=tensorboard)
     settings, factory = _settle(options, config_file)
     folder = RunFolder.new(output, settings.task)
     task = CheckedTask(settings.task, factory, settings.config.lora_config, settings.seed)
@@ -52,10 +56,10 @@ def train(options: Tables, config_file: Path | None, output: Path | None, *, qui
         except OSError as error:
             folder.discard()
             raise InputError(f"--output {folder.path} cannot be used: {reason(error)}") from error
-        return _Session(settings, task, folder, quiet=quiet).train(None)
+        return _Session(settings, task, folder, quiet=quiet, tensorboard=tensorboard).train(None)
 
 
-def resume(options: Tables, path: Path, *, fallback: bool, quiet: bool) -> int:
+def resume(options: Tables, path: Path, *, fallback: bool, quiet: bool, tensorboard: bool) -> int:
     """Go on with the run in the folder ``path`` where its last checkpoint is, to the bits of an uninterrupted run.
 
     Parameters
@@ -63,8 +67,9 @@ def resume(options: Tables, path: Path, *, fallback: bool, quiet: bool) -> int:
     options : fields given on the command line; only some may be.
     fallback : take the checkpoint before the last where the last is damaged.
     quiet : print only the folder.
+    tensorboard : write event files too.
     """
-    _import_extras()
+    _import_extras(tensorboard=tensorboard)
     for table, values in options.items():
         for name in values:
             if name not in RESUMABLE.get(table, ()):
@@ -76,14 +81,17 @@ def resume(options: Tables, path: Path, *, fallback: bool, quiet: bool) -> int:
     task = CheckedTask(settings.task, factory, settings.config.lora_config, settings.seed)
     folder.create()
     with folder.held():
-        return _Session(settings, task, folder, quiet=quiet).train(fallback)
+        return _Session(settings, task, folder, quiet=quiet, tensorboard=tensorboard).train(fallback)
 
 
 class _Session:
     """One call of the command: a run from its beginning or its last checkpoint to its end or Ctrl-C."""
 
-    def __init__(self, settings: RunSettings, task: CheckedTask, folder: RunFolder, *, quiet: bool) -> None:
+    def __init__(
+        self, settings: RunSettings, task: CheckedTask, folder: RunFolder, *, quiet: bool, tensorboard: bool
+    ) -> None:
         self._settings, self._task, self._folder, self._quiet = settings, task, folder, quiet
+        self._tensorboard = tensorboard
         self._loaded_steps = -1
 
     def train(self, fallback: bool | None) -> int:
@@ -91,15 +99,19 @@ class _Session:
         wanted = self._settings.config.max_steps
         failure: CyloraError | None = None
         silent = self._quiet or sys.stderr is None  # closed by the caller, as in 2>&-
-        with _Interrupt() as interrupt:
-            with Progress(sys.stderr, self._settings.task, wanted, quiet=silent) as progress:
-                run = self._begin(progress, fallback)
-                progress.skip(run.steps_done)
+        progress = Progress(sys.stderr, self._settings.task, wanted, quiet=silent)
+        board = Board(self._folder, progress.warn, wanted=self._tensorboard)
+        with _Interrupt() as interrupt, board:
+            with progress:
+                interrupt.before_message = progress.before_message
+                run = self._begin(progress, board, fallback)
+                progress.follow(run)
                 try:
                     if not run.steps_done:
                         run.evaluate()
                     for record in run.steps():
                         progress.show(record)
+                        board.show(run.measures)
                         if self._is_due(run):
                             self._save_checkpoint(run, progress)
                         if interrupt.requested:
@@ -110,9 +122,11 @@ class _Session:
                     if interrupt.requested:
                         self._folder.discard()
                         raise
+            interrupt.before_message = b"\n"  # the view is closed
             is_complete = failure is None and run.steps_done >= wanted
             if run.steps_done or is_complete:
                 failure = self._save(run, failure)
+                board.show(run.measures)  # the last evaluation came after everything was saved
                 print(self._folder.path if self._quiet else _summary(run, self._settings, self._folder))
             else:
                 self._folder.discard()
@@ -120,11 +134,12 @@ class _Session:
             raise failure
         return 0 if is_complete else 130
 
-    def _begin(self, progress: Progress, fallback: bool | None) -> TrainingRun:
+    def _begin(self, progress: Progress, board: Board, fallback: bool | None) -> TrainingRun:
         config, checkpoints = self._settings.config, self._folder.path / CHECKPOINTS
+        on_step = all_of(progress.log, board.log)
         if fallback is None or not (list_generations(checkpoints) or self._folder.has_outputs):
-            return TrainingRun(self._task, LoraTrainer(config, on_step=progress.log), self._settings.eval_every)
-        saved = load_generation(checkpoints, fallback=fallback, on_step=progress.log, **config.to_dict())
+            return TrainingRun(self._task, LoraTrainer(config, on_step=on_step), self._settings.eval_every)
+        saved = load_generation(checkpoints, fallback=fallback, on_step=on_step, **config.to_dict())
         if saved.trainer.total_steps() > config.max_steps:
             got = f"{config.max_steps} for a run that has done {saved.trainer.total_steps()}"
             raise InputError(f"max_steps must not be below the steps that are done, got {got}")
@@ -167,7 +182,7 @@ class _Session:
         if run.steps_done != self._loaded_steps:  # else it is saved already, and an older generation would go for it
             problems.append(self._write_checkpoint(run))
         problems.append(folder.write(ADAPTERS, lambda path: self._publish(run, path)))
-        problems.append(folder.write("history.jsonl", lambda path: replace_file(path, history.getvalue().encode())))
+        problems.append(folder.write(HISTORY, lambda path: replace_file(path, history.getvalue().encode())))
         if failure is None:
             try:
                 run.evaluate()
@@ -175,10 +190,23 @@ class _Session:
                 problems.append(error)
         if run.measures:
             lines = "".join(json.dumps({"step": step, **measures}) + "\n" for step, measures in run.measures)
-            problems.append(folder.write("measures.jsonl", lambda path: replace_file(path, lines.encode())))
+            problems.append(folder.write(MEASURES, lambda path: replace_file(path, lines.encode())))
+        problems.append(folder.write(TRAINER_STATE, lambda path: self._write_trainer_state(run, path)))
         picture = draw(run, f"{settings.task}, seed {settings.seed}", settings.config.max_grad_norm)
         problems.append(folder.write("picture.png", lambda path: replace_file(path, picture)))
         return next((problem for problem in problems if problem is not None), None)
+
+    def _write_trainer_state(self, run: TrainingRun, path: Path) -> None:
+        settings, config = self._settings, self._settings.config
+        save_trainer_state(
+            run.history,
+            path,
+            max_steps=config.max_steps,
+            logging_steps=config.log_every or 1,
+            eval_steps=settings.eval_every,
+            save_steps=settings.save_every,
+            measures=run.measures,
+        )
 
     def _publish(self, run: TrainingRun, path: Path) -> None:
         """Publish under the next number: the same step may come again with other settings, or another cylora."""
@@ -195,13 +223,15 @@ def _config_text(settings: RunSettings) -> bytes:
     return (header + text).encode()
 
 
-def _import_extras() -> None:
+def _import_extras(*, tensorboard: bool) -> None:
     """Import the optional packages now rather than fail after the training."""
-    try:
-        for module in ("tqdm", "matplotlib", "tomli_w"):
-            importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(f"cylora train needs more packages ({error}): pip install 'cylora[train]'") from error
+    extras = {"train": ("tqdm", "matplotlib", "tomli_w"), "tensorboard": (EVENT_WRITER,) if tensorboard else ()}
+    for extra, modules in extras.items():
+        try:
+            for module in modules:
+                importlib.import_module(module)
+        except ImportError as error:
+            raise InputError(f"cylora train needs more packages ({error}): pip install 'cylora[{extra}]'") from error
 
 
 def _settle(options: Tables, config_file: Path | None) -> tuple[RunSettings, TaskFactory]:
@@ -229,6 +259,7 @@ class _Interrupt:
 
     def __init__(self) -> None:
         self.requested = False
+        self.before_message = b"\n"
         self._previous: Any = signal.SIG_IGN
 
     def __enter__(self) -> Self:
@@ -252,7 +283,7 @@ class _Interrupt:
         self.requested = True
         if sys.stderr is not None:
             with contextlib.suppress(OSError):  # not through sys.stderr, whose buffer this signal may have interrupted
-                os.write(2, b"\nstopping after this step and saving; Ctrl-C again aborts\n")
+                os.write(2, self.before_message + b"stopping after this step and saving; Ctrl-C again aborts\n")
 
 
 def _summary(run: TrainingRun, settings: RunSettings, folder: RunFolder) -> str:

@@ -130,6 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--fallback", action="store_true", help="with --resume: if the last checkpoint is damaged, take the one before"
     )
+    train.add_argument(
+        "--tensorboard", action="store_true", help="write event files for TensorBoard into the run folder"
+    )
     train.add_argument("--quiet", action="store_true", help="print nothing but the folder written to")
     groups = {table: train.add_argument_group(title) for table, title in TITLES.items()}
     for field in FIELDS:
@@ -268,14 +271,15 @@ def _files(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     options = _options(arguments)
+    show = {"quiet": arguments.quiet, "tensorboard": arguments.tensorboard}
     if arguments.resume is None:
         if arguments.fallback:
             raise InputError("--fallback goes with --resume")
-        return train(options, arguments.config, arguments.output, quiet=arguments.quiet)
+        return train(options, arguments.config, arguments.output, **show)
     for name in ("config", "output"):
         if getattr(arguments, name) is not None:
             raise InputError(f"--resume goes on with a run as it is, got --{name} too")
-    return resume(options, arguments.resume, fallback=arguments.fallback, quiet=arguments.quiet)
+    return resume(options, arguments.resume, fallback=arguments.fallback, **show)
 
 
 def _fail(error: object, code: int) -> int:

@@ -1,14 +1,17 @@
-"""Show a run while it runs: a bar on a terminal, a line now and then elsewhere, nothing when asked to be quiet."""
+"""Show a run while it runs: live on a terminal, a line now and then elsewhere, nothing when asked to be quiet."""
 
 import contextlib
-import importlib
 import os
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Self, TextIO
 
 from cylora.history import TrainingStep
+from cylora.tasks.live_view import CLEAR, LiveView
+from cylora.tasks.run import TrainingRun
 
 __all__ = ["Progress"]
+
+NO_CURSOR = ("dumb", "unknown")  # values of TERM
 
 
 class Progress:
@@ -27,24 +30,11 @@ class Progress:
     def __init__(self, stream: TextIO, title: str, total: int, *, quiet: bool) -> None:
         self._stream, self._quiet = stream, quiet
         self._total = total
-        self._bar: Any = None
-        self._lines = not quiet and not stream.isatty()
-        if not quiet and stream.isatty():
+        self._view: LiveView | None = None
+        if not quiet and stream.isatty() and os.environ.get("TERM") not in NO_CURSOR:
             # no-color.org: any value but the empty one turns colours off.
-            colour = None if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" else "green"
-            layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining}{postfix}]"
-            # Some terminals (serial lines, containers) say they have 0 columns and rows; tqdm would believe it.
-            has_size = os.get_terminal_size(stream.fileno()).columns > 0
-            size: dict[str, int] = {} if has_size else {"ncols": 80, "nrows": 24}
-            self._bar = importlib.import_module("tqdm").tqdm(
-                desc=title,
-                total=total,
-                file=stream,
-                colour=colour,
-                bar_format=layout,
-                dynamic_ncols=has_size,
-                **size,
-            )
+            self._view = LiveView(stream, title, total, colour=not os.environ.get("NO_COLOR"))
+        self._lines = not quiet and self._view is None
 
     def __enter__(self) -> Self:
         return self
@@ -52,36 +42,39 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
+        if self._view is not None:
             with contextlib.suppress(OSError):
-                self._bar.close()
+                self._view.close()
 
-    def skip(self, steps: int) -> None:
-        """Begin after ``steps`` that were done earlier."""
-        if self._bar is not None and steps:
-            self._bar.n = self._bar.initial = steps
+    @property
+    def before_message(self) -> bytes:
+        """What to write before a line of one's own, straight to the stream's descriptor."""
+        return b"\n" if self._view is None else CLEAR.encode()
+
+    def follow(self, run: TrainingRun) -> None:
+        """Show also what only the run knows: evaluations, and what was before its next step."""
+        if self._view is not None:
+            self._view.follow(run)
 
     def warn(self, message: str) -> None:
-        """Write a line, bar or no bar, unless all is to be quiet."""
+        """Write a line, live view or not, unless all is to be quiet."""
         with contextlib.suppress(OSError):
-            if self._bar is not None:
-                self._bar.write(f"warning: {message}", file=self._stream)
+            if self._view is not None:
+                self._view.write_line(f"warning: {message}")
             elif not self._quiet:
                 self._stream.write(f"warning: {message}\n")
                 self._stream.flush()
 
     def show(self, record: TrainingStep) -> None:
-        """Move the bar by one step; it decides itself when to redraw."""
-        if self._bar is not None:
-            words = f"loss {record.loss:.3g}, rate {record.learning_rate:.1e}, norm {record.grad_norm:.2g}"
+        """Take one step into the live view, which decides itself when to draw."""
+        if self._view is not None:
             try:
-                self._bar.set_postfix_str(words, refresh=False)
-                self._bar.update()
+                self._view.show(record)
             except OSError:
-                self._bar = None
+                self._view = None
 
     def log(self, record: TrainingStep) -> None:
-        """Write a line where there is no bar."""
+        """Write a line where there is no live view."""
         if self._lines:
             words = f"loss {record.loss:.4g}, rate {record.learning_rate:.2e}, grad norm {record.grad_norm:.3g}"
             skipped = ", skipped" if record.skipped else ""
