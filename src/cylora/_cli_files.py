@@ -12,7 +12,7 @@ from cylora.adapter import AdapterSet
 from cylora.errors import InputError
 from cylora.formats import durable, gguf, inspection, peft
 
-__all__ = ["FORMATS", "export", "inspect", "verify", "visible"]
+__all__ = ["FORMATS", "export", "inspect", "reading", "verify", "visible", "writing"]
 
 FORMATS = ("peft", "gguf")
 # What the user can mend by giving another path; a full disk, say, is another matter.
@@ -21,7 +21,7 @@ WRONG_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, Permissi
 
 def inspect(path: Path, *, as_json: bool) -> int:
     """Print what is at ``path``: a table for people, or one JSON object. Return the exit code."""
-    with _reading(path):
+    with reading(path):
         facts = inspection.inspect(path).facts
     if as_json:
         print(json.dumps(facts, indent=1, allow_nan=False))
@@ -65,7 +65,7 @@ def verify(path: Path) -> int:
     code = 0
     verdicts = inspection.verify(path)
     while True:
-        with _reading(path):  # not around print, which can fail for reasons of its own
+        with reading(path):  # not around print, which can fail for reasons of its own
             verdict = next(verdicts, None)
         if verdict is None:
             return code
@@ -79,7 +79,7 @@ def verify(path: Path) -> int:
 
 def export(path: Path, kind: str, output: Path | None, *, base_config: Path | None, **options: Any) -> int:
     """Write the adapters at ``path`` as a PEFT directory or a GGUF file, and print where."""
-    with _reading(path):
+    with reading(path):
         found = inspection.inspect(path)
     adapters = found.adapters
     if found.kind == "GGUF adapter" or not isinstance(adapters, AdapterSet):
@@ -91,7 +91,7 @@ def export(path: Path, kind: str, output: Path | None, *, base_config: Path | No
     name = path.resolve().name.removesuffix(".safetensors")
     if kind == "peft":
         output = output or Path(f"{name}-peft")
-        with _writing(output):
+        with writing(output):
             peft.save_peft(adapters, output, step=found.facts.get("steps"), **options)
     else:
         given = [f"--{key.replace('_', '-')}" for key in ("base_model", "task_type") if options.pop(key) is not None]
@@ -99,10 +99,10 @@ def export(path: Path, kind: str, output: Path | None, *, base_config: Path | No
             raise InputError(f"{', '.join(given) or '--no-portable'} goes with --format peft only")
         output = output or Path(f"{name}.gguf")
         assert base_config is not None
-        with _reading(base_config):
+        with reading(base_config):
             base = gguf.BaseModel(base_config)
         content = gguf.gguf_bytes(adapters, base, **options)
-        with _writing(output):
+        with writing(output):
             if os.path.lexists(output):
                 raise FileExistsError
             durable.replace_file(output, content)
@@ -111,7 +111,8 @@ def export(path: Path, kind: str, output: Path | None, *, base_config: Path | No
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
+    """Say of what cannot be read that the input is wrong."""
     try:
         yield
     except OSError as error:
@@ -119,7 +120,8 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _writing(output: Path) -> Iterator[None]:
+def writing(output: Path) -> Iterator[None]:
+    """Say of an output that another path would mend that the input is wrong."""
     try:
         yield
     except FileExistsError:

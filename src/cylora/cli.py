@@ -1,4 +1,4 @@
-"""The `cylora` command: train adapters, look at files and convert them, measure, describe.
+"""The `cylora` command: train adapters, look at files and convert them, draw, measure, describe.
 
 Exit codes: 0 all is well; 1 the run failed (the task's own code raised, or a file could not be written), or `verify`
 found damage; 2 an input is wrong; 130 stopped by Ctrl-C, with what was learned saved; 141 nobody reads the output any
@@ -19,10 +19,12 @@ from cylora import __version__
 from cylora._cli_bench import bench
 from cylora._cli_files import FORMATS, export, inspect, verify, visible
 from cylora._cli_info import system_facts
+from cylora._cli_plot import plot
 from cylora._cli_train import resume, train
 from cylora.config import NONFINITE_POLICIES, SCHEDULES, STATE_DTYPES, WEIGHT_DECAY_MODES
 from cylora.errors import CyloraError, InputError
 from cylora.formats.weights import WEIGHT_DTYPES
+from cylora.plotting import ENDINGS
 from cylora.tasks.digits import DigitsTask
 from cylora.tasks.protocol import RunFailure
 from cylora.tasks.settings import FIELDS, NONE, Field, Tables
@@ -148,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
             option["metavar"] = {int: "N", float: "X", str: "NAME", tuple: "NAMES"}[field.kind]
         groups[field.table].add_argument(f"--{field.name.replace('_', '-')}", **option)
     _add_files(commands)
+    _add_plot(commands)
     measure = commands.add_parser(
         "bench",
         help="measure a step on this machine against the same work in NumPy",
@@ -200,6 +203,29 @@ def _add_files(commands: Any) -> None:
     convert.add_argument("--base-model", metavar="NAME", help="peft: name or path of the base model, for the config")
     convert.add_argument("--task-type", metavar="NAME", help="peft: such as CAUSAL_LM, for the config")
     convert.add_argument("--base-config", metavar="FILE", type=Path, help="gguf: the base model's config.json")
+
+
+def _add_plot(commands: Any) -> None:
+    picture = commands.add_parser(
+        "plot",
+        help="compare runs in one picture",
+        description="Draw loss, gradient norm, learning rate and evaluations of runs over each other. "
+        "A run is its folder, or a file that TrainingHistory.write_jsonl or write_csv wrote.",
+        allow_abbrev=False,
+    )
+    picture.add_argument("paths", metavar="RUN", type=Path, nargs="+")
+    picture.add_argument(
+        "--output", metavar="FILE", type=Path, default=Path("plot.png"),
+        help=f"{', '.join(ENDINGS)}; replaced if it is there (default: plot.png)",
+    )  # fmt: skip
+    picture.add_argument(
+        "--smooth", metavar="N", type=_integer, help="steps of the running mean, 0: none (default: a fiftieth of a run)"
+    )
+    picture.add_argument(
+        "--log",
+        action=argparse.BooleanOptionalAction,
+        help="logarithmic axes for loss and norm (default: where all values are above 0)",
+    )
 
 
 def _options(arguments: argparse.Namespace) -> Tables:
@@ -257,6 +283,8 @@ def _run(argv: Sequence[str] | None) -> int:
         return bench(arguments.json, arguments.threads, quick=arguments.quick)
     if arguments.command == "train":
         return _train(arguments)
+    if arguments.command == "plot":
+        return plot(arguments.paths, arguments.output, smooth=arguments.smooth, log=arguments.log)
     return _files(arguments)
 
 
