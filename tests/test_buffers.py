@@ -356,7 +356,7 @@ PROVIDERS: dict[str, tuple[Callable[[], Any], bool, bool]] = {
     "ctypes structure": (type("S", (ctypes.Structure,), {"_fields_": [("x", ctypes.c_float)]}), False, False),
     "record array": (lambda: np.zeros(VALUES.size, [("x", "f4")]), False, False),
     "dates": (lambda: np.zeros(VALUES.size, "M8[s]"), False, False),
-    "only __array__": (OnlyArray, False, False),
+    "only __array__": (OnlyArray, True, False),
     "flags that raise": (Lying, False, False),
     "list": (VALUES.tolist, False, False),
     "string": (lambda: "1.0" * 18, False, False),

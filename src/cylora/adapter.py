@@ -20,10 +20,15 @@ Mask = NDArray[np.bool_]
 
 def _rows(name: str, value: ArrayLike, columns: int) -> FloatArray:
     """Return ``value`` as float32 (rows, columns); a single vector becomes one row."""
+    if getattr(value, "requires_grad", False):  # a tensor of torch, which does not convert such a one by itself
+        value = value.detach()  # type: ignore[union-attr]
     try:
         array = np.asarray(value)
-    except (TypeError, ValueError):  # a ragged list, say
-        raise InputError(f"{name} must be an array of real numbers, got {type(value).__name__}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # a ragged list, a tensor elsewhere than in memory: whatever a foreign __array__ raises
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{name} must be an array of real numbers, got {type(value).__name__} ({reason})") from None
     if array.dtype.kind not in "fiu" or array.ndim not in (1, 2) or array.shape[-1] != columns:
         raise InputError(
             f"{name} must be real numbers of shape ({columns},) or (batch, {columns}), "

@@ -1,4 +1,7 @@
-"""Borrow memory from any buffer provider, checked before it is used: float32, and for gradients half precision too.
+"""Borrow memory, checked before it is used: float32, and for gradients half precision too.
+
+An object is taken by the first it has of: the buffer protocol, DLPack, ``__array__``. What is written is taken by the first
+alone, and never by ``__array__``: that may be a copy. What would have to be converted or copied here is refused.
 
 A step borrows its gradients anew each time, so this path is raw ``Py_buffer``: acquiring a typed memoryview costs about
 twice as much and its errors name neither the argument nor what was got. State that lives longer uses typed memoryviews.
@@ -10,6 +13,7 @@ from cpython.buffer cimport (
 from cpython.exc cimport PyErr_Clear, PyErr_ExceptionMatches
 from cpython.object cimport PyObject, PyTypeObject
 from cylora.kernels._loops cimport BFLOAT16, FLOAT16, FLOAT32, Piece
+from cylora.kernels.dlpack cimport Tensor, borrow_tensor
 
 import numpy as np
 
@@ -65,6 +69,10 @@ cdef enum:
     CONTIGUOUS = 0x0001
     ALIGNED = 0x0100
     WRITEABLE = 0x0400
+
+cdef enum:          # where a kind was to be
+    UNFIT = -1
+    NOT_LENT = -3   # -2 says that an exception is set
 
 cdef object _ndarray = np.ndarray
 cdef object _float32 = np.dtype(np.float32)
@@ -150,51 +158,112 @@ cdef inline int _kind_of(const Py_buffer* view) noexcept nogil:
     return -1
 
 
-cdef inline bint _has_shape(const Py_buffer* view, Py_ssize_t rows, Py_ssize_t columns) noexcept nogil:
+cdef inline bint _has_shape(int ndim, const Py_ssize_t* shape, Py_ssize_t rows, Py_ssize_t columns) noexcept nogil:
     """Any shape if rows < 0; a vector of rows elements if columns < 0; else that matrix or its flat vector."""
     if rows < 0:
         return True
     if columns < 0:
-        return view.ndim == 1 and view.shape[0] == rows
-    if view.ndim == 2:
-        return view.shape[0] == rows and view.shape[1] == columns
-    return view.ndim == 1 and view.shape[0] == rows * columns
+        return ndim == 1 and shape[0] == rows
+    if ndim == 2:
+        return shape[0] == rows and shape[1] == columns
+    return ndim == 1 and shape[0] == rows * columns
 
 
-cdef object _bits_of_bfloat16(object provider):
-    """Return the uint16 view of an array of ml_dtypes' bfloat16, which offers no buffer of its own; else None."""
+cdef bint _is_masked(object array) except -1:
+    """Return whether some elements of an array of numpy.ma, which lie in memory like others, are not to be read."""
+    return isinstance(array, np.ma.MaskedArray) and bool(np.any(array.mask))
+
+
+cdef object _bits_of_bfloat16(object array):
+    """Return the uint16 view of an array of ml_dtypes' bfloat16, which offers no buffer of its own; else the array."""
     global _bfloat16
-    dtype = getattr(provider, "dtype", None)
-    if not isinstance(provider, np.ndarray) or dtype.name != "bfloat16" or dtype.itemsize != 2 or not dtype.isnative:
-        return None
+    dtype = array.dtype
+    if dtype.name != "bfloat16" or dtype.itemsize != 2 or not dtype.isnative:
+        return array
     if _bfloat16 is None:
         _bfloat16 = dtype
-    return provider.view(np.uint16)
+    return array.view(np.uint16)
 
 
-cdef int _acquire(
-    object provider, Py_buffer* view, str name, Py_ssize_t rows, Py_ssize_t columns, bint writable, bint halves
-) except -1:
-    """Fill ``view``, which the caller releases, and return its kind, or raise InputError and hold nothing."""
+cdef int _take_memory(
+    object provider, Py_buffer* view, Py_ssize_t rows, Py_ssize_t columns, bint writable, bint halves
+) except -2:
+    """Fill ``view`` from an array or other buffer and return its kind, or UNFIT or NOT_LENT."""
     cdef int kind = _take_ndarray(provider, view, rows, columns, writable, halves)
     if kind >= 0:
         return kind
-    bits = _bits_of_bfloat16(provider) if halves else None
-    offered = provider if bits is None else bits
+    offered = provider
+    if isinstance(provider, _ndarray):
+        if _is_masked(provider):
+            return UNFIT
+        if halves:
+            offered = _bits_of_bfloat16(provider)
+    elif not PyObject_CheckBuffer(provider):
+        return NOT_LENT
     if borrow(offered, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (PyBUF_WRITABLE if writable else 0)) != 0:
         if not (
             PyErr_ExceptionMatches(BufferError) or PyErr_ExceptionMatches(TypeError) or PyErr_ExceptionMatches(ValueError)
         ):
             reraise()  # KeyboardInterrupt, MemoryError: not about the buffer
         PyErr_Clear()
-        _refuse(provider, name, rows, columns, writable, halves)
+        return UNFIT if writable or isinstance(provider, _ndarray) else NOT_LENT
     kind = _kind_of(view)
     if (
-        kind < 0 or (kind != FLOAT32 and not halves)
-        or not _has_shape(view, rows, columns) or <size_t> view.buf % <size_t> view.itemsize != 0
+        kind < 0 or (kind != FLOAT32 and not halves) or not _has_shape(view.ndim, view.shape, rows, columns)
+        or <size_t> view.buf % <size_t> view.itemsize != 0
     ):
         PyBuffer_Release(view)
-        _refuse(provider, name, rows, columns, writable, halves)
+        return UNFIT
+    return kind
+
+
+cdef int _take_otherwise(
+    object provider, Py_buffer* view, str name, Py_ssize_t rows, Py_ssize_t columns, bint writable, bint halves
+) except -2:
+    """Fill ``view`` by DLPack or ``__array__`` and return its kind; NOT_LENT if the object has neither."""
+    cdef Tensor tensor
+    cdef int kind
+    trouble = None
+    try:
+        tensor = borrow_tensor(provider, writable)
+    except BufferError as error:
+        trouble = str(error)
+    if trouble is not None:
+        _refuse(f"{_type_name(provider)} ({trouble})", name, rows, columns, writable, halves)
+    if tensor is not None:
+        if (
+            tensor.kind < 0 or (tensor.kind != FLOAT32 and not halves) or (writable and not tensor.is_writable)
+            or not _has_shape(tensor.ndim, <const Py_ssize_t*> tensor.shape, rows, columns)
+        ):
+            _refuse(f"{_type_name(provider)} with {tensor.traits()}", name, rows, columns, writable, halves)
+        lend(view, tensor, tensor.start, tensor.n_bytes)
+        return tensor.kind
+    if writable or getattr(type(provider), "__array__", None) is None:
+        return NOT_LENT
+    try:
+        array = provider.__array__()
+    except MemoryError:
+        raise
+    except Exception as error:
+        trouble = f"__array__ raises {type(error).__name__}: {error}"
+    if trouble is None and not isinstance(array, _ndarray):
+        trouble = f"__array__ gives {_type_name(array)}"
+    kind = UNFIT if trouble is not None else _take_memory(array, view, rows, columns, False, halves)
+    if kind < 0:
+        trouble = trouble or f"__array__ gives {describe(array)}"
+        _refuse(f"{_type_name(provider)}, whose {trouble}", name, rows, columns, writable, halves)
+    return kind
+
+
+cdef int _acquire(
+    object provider, Py_buffer* view, str name, Py_ssize_t rows, Py_ssize_t columns, bint writable, bint halves
+) except -1:
+    """Fill ``view``, which the caller releases, and return its kind, or raise InputError and hold nothing."""
+    cdef int kind = _take_memory(provider, view, rows, columns, writable, halves)
+    if kind == NOT_LENT:
+        kind = _take_otherwise(provider, view, name, rows, columns, writable, halves)
+    if kind < 0:
+        _refuse(describe(provider), name, rows, columns, writable, halves)
     return kind
 
 
@@ -220,18 +289,22 @@ cdef bint overlap(const void* a, Py_ssize_t a_bytes, const void* b, Py_ssize_t b
     return <const char*> a < <const char*> b + b_bytes and <const char*> b < <const char*> a + a_bytes
 
 
-cdef int _refuse(object provider, str name, Py_ssize_t rows, Py_ssize_t columns, bint writable, bint halves) except -1:
+cdef int _refuse(str got, str name, Py_ssize_t rows, Py_ssize_t columns, bint writable, bint halves) except -1:
     shape = "" if rows < 0 else f" of shape ({rows},)" if columns < 0 else f" of shape ({rows}, {columns})"
     rule = f"a {'writable, ' if writable else ''}C-contiguous, aligned {RULES[halves]}{shape}"
-    raise InputError(f"{name} must be {rule}, got {describe(provider)}")
+    raise InputError(f"{name} must be {rule}, got {got}")
+
+
+cdef str _type_name(object provider):
+    return f"{type(provider).__module__}.{type(provider).__qualname__}".removeprefix("builtins.")
 
 
 def describe(provider):
     """Say in a few words what an object offers as a buffer: type, format, shape, what is unusual about it."""
-    kind = f"{type(provider).__module__}.{type(provider).__qualname__}".removeprefix("builtins.")
+    kind = _type_name(provider)
     if not PyObject_CheckBuffer(provider):
-        hint = ": pass its .numpy(), which shares memory" if kind.startswith("torch.") else ""
-        return f"{kind}, which offers no buffer{hint}"
+        has_array = getattr(type(provider), "__array__", None) is not None
+        return f"{kind}, which offers {'only __array__, which may be a copy' if has_array else 'no buffer'}"
     try:
         view = memoryview(provider)
     except (BufferError, ValueError, TypeError) as error:
@@ -245,4 +318,6 @@ def describe(provider):
         flags = getattr(provider, "flags", None)
         if getattr(flags, "aligned", True) is False:
             traits.append("misaligned")
+        if isinstance(provider, _ndarray) and _is_masked(provider):
+            traits.append("masked elements")
     return f"{kind} with {', '.join(traits)}"
