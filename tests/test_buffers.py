@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import pytest
+from dlpack import FastTensor, NumpyTensor, OldTensor, Tensor
 from numpy.lib.stride_tricks import as_strided
 from training import D_IN, D_OUT, RANK, fingerprint, make_adapter, make_pair, make_trainer, same_bits
 
@@ -335,6 +336,16 @@ PROVIDERS: dict[str, tuple[Callable[[], Any], bool, bool]] = {
     "subclass of ndarray, float16": (lambda: VALUES.astype("f2").view(Subclass), True, False),
     "subclass of ndarray, bfloat16": (lambda: VALUES.astype(BFLOAT16).view(Subclass), True, False),
     "pickle.PickleBuffer of float16": (lambda: pickle.PickleBuffer(VALUES.astype("f2")), True, False),
+    "DLPack": (lambda: Tensor(VALUES.copy()), True, True),
+    "DLPack by C functions": (lambda: FastTensor(VALUES.copy().reshape(A)), True, True),
+    "DLPack from before versions": (lambda: OldTensor(VALUES.copy()), True, False),
+    "DLPack of NumPy": (lambda: NumpyTensor(VALUES.copy()), True, True),
+    "DLPack of NumPy, read-only": (lambda: NumpyTensor(np.frombuffer(VALUES.tobytes(), "f4")), True, False),
+    "DLPack of NumPy, float16": (lambda: NumpyTensor(VALUES.astype("f2")), True, False),
+    "DLPack of bfloat16": (lambda: Tensor(VALUES.astype(BFLOAT16)), True, False),
+    "DLPack of NumPy, doubles": (lambda: NumpyTensor(VALUES.astype("f8")), False, False),
+    "DLPack of NumPy, every second": (lambda: NumpyTensor(np.repeat(VALUES, 2)[::2]), False, False),
+    "DLPack on a GPU": (lambda: Tensor(VALUES, device=(2, 0)), False, False),
     "memoryview of float16 misaligned": (lambda: memoryview(_odd(VALUES.astype("f2"))), False, False),
     "bfloat16 misaligned": (lambda: _odd(VALUES.astype(BFLOAT16)), False, False),
     "every second of a memoryview of halves": (lambda: memoryview(np.repeat(HALF_BITS, 2))[::2], False, False),
@@ -376,8 +387,9 @@ def test_providers_of_memory_are_taken_for_what_they_are(provider: str) -> None:
             if name == "clip_grad_norm_":
                 expected = VALUES.copy()
                 assert clip_grad_norm_([value], 0.25) == clip_grad_norm_([expected], 0.25)
+                memory = getattr(value, "values", value)  # of a tensor, the array behind it
                 assert (
-                    bytes(memoryview(value).cast("B") if provider != "pickle.PickleBuffer" else value)
+                    bytes(memoryview(memory).cast("B") if provider != "pickle.PickleBuffer" else memory)
                     == expected.tobytes()
                 )
             else:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dlpack import FastTensor, NumpyTensor, OldTensor, Tensor
 from training import make_adapter, make_pair, make_set, make_trainer
 
 from cylora import (
@@ -46,6 +47,13 @@ class Things:
         )
         self.gradients, self.foreign = Gradients(self.set), Gradients(self.adapter)
         self.array, self.view = array.array("f", self.a.ravel()), memoryview(self.a)
+        self.tensor, self.old, self.fast = (kind(self.a) for kind in (Tensor, OldTensor, FastTensor))
+        self.numpys, self.on_gpu, self.next_version = NumpyTensor(self.a), Tensor(self.a, device=(2, 0)), Tensor(self.a)
+        self.next_version.settings["version"] = (2, 0)
+        self.raising, self.converted = self._Raising(), self._Converted(self.a)
+        self.used = self.tensor.__dlpack__()
+        grad_norm([self._Given(self.used)])
+        self.given = self._Given(self.used)
         self.loss, self.bad_loss = 1.25, object()
         self.x, self.g = np.ones((2, 6), np.float32), np.ones((2, 5), np.float32)
         self.weight, self.mask = np.zeros((5, 6), np.float32), np.ones((2, 6), np.bool_)
@@ -66,6 +74,24 @@ class Things:
     @staticmethod
     def _raise(step: int) -> float:
         raise ZeroDivisionError
+
+    class _Raising:
+        def __dlpack__(self, **asked: Any) -> Any:
+            raise BufferError("never")
+
+    class _Given:
+        def __init__(self, capsule: Any) -> None:
+            self.capsule = capsule
+
+        def __dlpack__(self, **asked: Any) -> Any:
+            return self.capsule
+
+    class _Converted:
+        def __init__(self, array: Any) -> None:
+            self.array = array
+
+        def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+            return self.array
 
 
 def _accumulated(t: Things) -> None:
@@ -90,6 +116,14 @@ PATHS: dict[str, Callable[[Things], Any]] = {
     "step pair": lambda t: t.trainer.step(t.loss, t.adapter, t.a, t.b),
     "step providers": lambda t: t.trainer.step(t.loss, t.adapter, t.array, t.b),
     "step memoryview": lambda t: t.trainer.step(t.loss, t.adapter, t.view, t.b),
+    "step DLPack": lambda t: t.trainer.step(t.loss, t.adapter, t.tensor, t.b),
+    "step DLPack from before versions": lambda t: t.trainer.step(t.loss, t.adapter, t.old, t.b),
+    "step DLPack by C functions": lambda t: t.trainer.step(t.loss, t.adapter, t.fast, t.b),
+    "step DLPack of NumPy": lambda t: t.trainer.step(t.loss, t.adapter, t.numpys, t.b),
+    "step __array__": lambda t: t.trainer.step(t.loss, t.adapter, t.converted, t.b),
+    "accumulate DLPack": lambda t: t.trainer.accumulate(t.loss, t.adapter, t.fast, t.b),
+    "grad_norm DLPack": lambda t: grad_norm([t.fast, t.numpys, t.converted, t.tensor.values]),
+    "clip_grad_norm_ DLPack": lambda t: clip_grad_norm_([t.fast, t.b], 1.0),
     "step set": lambda t: t.whole.step(t.loss, t.set, t.gradients),
     "step skipped": lambda t: t.skipping.step(t.loss, t.adapter, t.nan, t.b),
     "accumulate and step": _accumulated,
@@ -117,6 +151,14 @@ PATHS: dict[str, Callable[[Things], Any]] = {
     "refused: shape of b": lambda t: t.trainer.step(t.loss, t.adapter, t.a, t.wrong),
     "refused: strides": lambda t: t.trainer.step(t.loss, t.adapter, t.strided),
     "refused: no buffer": lambda t: t.trainer.step(t.loss, t.adapter, t.bad_loss, t.b),
+    "refused: DLPack on a GPU": lambda t: t.trainer.step(t.loss, t.adapter, t.on_gpu, t.b),
+    "refused: DLPack of another version": lambda t: t.trainer.step(t.loss, t.adapter, t.next_version, t.b),
+    "refused: DLPack, shape of b": lambda t: t.trainer.step(t.loss, t.adapter, t.fast, t.tensor),
+    "refused: DLPack raises": lambda t: t.trainer.step(t.loss, t.adapter, t.raising, t.b),
+    "refused: DLPack used up": lambda t: t.trainer.step(t.loss, t.adapter, t.given, t.b),
+    "refused: DLPack, loss": lambda t: t.trainer.step(t.bad_loss, t.adapter, t.numpys, t.b),
+    "refused: DLPack not to be written": lambda t: clip_grad_norm_([t.fast, t.old], 1.0),
+    "refused: clip __array__": lambda t: clip_grad_norm_([t.converted], 1.0),
     "refused: None": lambda t: t.trainer.step(t.loss, t.adapter, None),
     "refused: overlap": lambda t: t.trainer.step(t.loss, t.adapter, t.adapter.flat.vector),
     "refused: loss": lambda t: t.trainer.step(t.bad_loss, t.adapter, t.a, t.b),
