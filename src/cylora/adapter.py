@@ -131,7 +131,7 @@ class LoraAdapter:
 
         Parameters
         ----------
-        x : array (d_in,) or (batch, d_in)
+        x : array (d_in,) or (batch, d_in), or anything that NumPy converts, such as a tensor of torch on the CPU
         mask, rng : optional
             Dropout while training: a mask as `dropout_mask` draws it, or the generator to draw it from. Without either
             nothing is dropped.

@@ -48,7 +48,9 @@ def grad_norm(grads: Any) -> float:
     Parameters
     ----------
     grads : sequence of arrays, C-contiguous, any shape; or a Gradients
-        Read only. float32, float16, bfloat16 (of ml_dtypes), or uint16 holding the bits of bfloat16 numbers.
+        Read only. float32, float16, bfloat16 (of ml_dtypes or by DLPack), or uint16 holding the bits of bfloat16
+        numbers. Each is an ndarray or offers a buffer, a DLPack tensor in CPU memory (torch's, also one that requires
+        grad), or at least ``__array__``.
 
     Returns
     -------
@@ -59,7 +61,7 @@ def grad_norm(grads: Any) -> float:
     Raises
     ------
     InputError
-        If an array is not of these types, C-contiguous and aligned.
+        If an array is none of these, or not C-contiguous and aligned.
     """
     return norm(_flat_arrays(grads))
 
@@ -70,6 +72,7 @@ def clip_grad_norm_(grads: Any, max_norm: float) -> float:
     Parameters
     ----------
     grads : sequence of float32 arrays, C-contiguous, any shape, written; or a Gradients
+        Each is an ndarray or offers a writable buffer or DLPack tensor in CPU memory that says it may be written.
     max_norm : float > 0
         ``inf`` leaves the gradients alone. A norm equal to ``max_norm`` does not clip.
 

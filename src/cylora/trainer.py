@@ -82,10 +82,11 @@ class LoraTrainer:
             Recorded; NaN and infinities too.
         adapter : LoraAdapter or AdapterSet
             Updated in place.
-        grad_a : float32 buffer (rank, d_in), C-contiguous; or a Gradients of the layout of ``adapter``
-            dL/dA, read only. Also taken flat, as a vector.
-        grad_b : float32 buffer (d_out, rank), C-contiguous; omitted with a Gradients
-            dL/dB, read only.
+        grad_a : array (rank, d_in), C-contiguous; or a Gradients of the layout of ``adapter``
+            dL/dA, read only, where it lies. Also taken flat, as a vector. float32, float16 or bfloat16: whatever
+            `grad_norm` takes, so NumPy's arrays and torch's tensors on the CPU.
+        grad_b : array (d_out, rank), C-contiguous; omitted with a Gradients
+            dL/dB, likewise.
 
         Raises
         ------

@@ -170,8 +170,9 @@ cdef inline bint _has_shape(int ndim, const Py_ssize_t* shape, Py_ssize_t rows, 
 
 
 cdef bint _is_masked(object array) except -1:
-    """Return whether some elements of an array of numpy.ma, which lie in memory like others, are not to be read."""
-    return isinstance(array, np.ma.MaskedArray) and bool(np.any(array.mask))
+    """Return whether some elements, which lie in memory like others, are not to be read, as numpy.ma has it."""
+    mask = None if is_exactly(array, <PyTypeObject*> _ndarray) else getattr(array, "mask", None)
+    return mask is not None and bool(np.any(mask))
 
 
 cdef object _bits_of_bfloat16(object array):
@@ -245,7 +246,7 @@ cdef int _take_otherwise(
     except MemoryError:
         raise
     except Exception as error:
-        trouble = f"__array__ raises {type(error).__name__}: {error}"
+        trouble = f"__array__ raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     if trouble is None and not isinstance(array, _ndarray):
         trouble = f"__array__ gives {_type_name(array)}"
     kind = UNFIT if trouble is not None else _take_memory(array, view, rows, columns, False, halves)
