@@ -260,7 +260,10 @@ cdef int _acquire(
     object provider, Py_buffer* view, str name, Py_ssize_t rows, Py_ssize_t columns, bint writable, bint halves
 ) except -1:
     """Fill ``view``, which the caller releases, and return its kind, or raise InputError and hold nothing."""
-    cdef int kind = _take_memory(provider, view, rows, columns, writable, halves)
+    cdef int kind = _take_ndarray(provider, view, rows, columns, writable, halves)
+    if kind >= 0:
+        return kind
+    kind = _take_memory(provider, view, rows, columns, writable, halves)
     if kind == NOT_LENT:
         kind = _take_otherwise(provider, view, name, rows, columns, writable, halves)
     if kind < 0:
