@@ -170,7 +170,7 @@ def test_the_same_tensor_may_be_both_gradients() -> None:
 
 MEMORY = np.arange(64, dtype=np.float32)
 HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
-    "on a GPU": ({"device": (2, 1)}, "dtype float32, shape (3, 6), strides (6, 1) in elements, on CUDA device 1"),
+    "on a GPU": ({"device": (2, 1)}, "dtype float32, shape (3, 6), on CUDA device 1"),
     "on an unknown device": ({"device": (99, 0)}, "on device type 99 device 0"),
     "on a negative device": ({"device": (-1, 0)}, "on device type -1 device 0"),
     "in managed memory": ({"device": (13, 0)}, "on CUDA managed device 0"),
@@ -235,17 +235,20 @@ def test_hostile_tensors_are_refused_for_what_they_are(case: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_whole_message_of_a_refused_tensor(kind: type) -> None:
-    tensor = kind(MATRIX.astype(np.float16), strides=None, flags=READ_ONLY, shape=(2, 9))
-    old = kind is OldTensor
-    flag = "by a version of DLPack that does not tell whether it may be written" if old else "read-only"
-    with pytest.raises(
-        InputError,
-        match=re.escape(
-            "grad_a must be a C-contiguous, aligned array of float32, float16, bfloat16 or (bfloat16's bits) uint16 "
-            f"of shape (3, 6), got dlpack.{kind.__name__} with dtype float16, shape (2, 9), {flag}"
-        ),
-    ):
+    """That it may not be written is said where it would be."""
+    tensor = kind(MATRIX.astype(np.float16), flags=READ_ONLY, shape=(2, 9), strides=(9, 1))
+    got = f"got dlpack.{kind.__name__} with dtype float16, shape (2, 9)"
+    with pytest.raises(InputError) as caught:
         make_trainer().step(1.0, make_adapter(), tensor, make_pair()[1])
+    assert str(caught.value) == (
+        "grad_a must be a C-contiguous, aligned array of float32, float16, bfloat16 or (bfloat16's bits) uint16 "
+        f"of shape (3, 6), {got}"
+    )
+    with pytest.raises(InputError) as caught:
+        clip_grad_norm_([tensor], 1.0)
+    version = "by a version of DLPack that does not tell whether it may be written"
+    flag = version if kind is OldTensor else "read-only"
+    assert str(caught.value) == f"grads[0] must be a writable, C-contiguous, aligned float32 array, {got}, {flag}"
 
 
 @pytest.mark.parametrize("name", TAKING)

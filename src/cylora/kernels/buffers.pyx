@@ -236,7 +236,7 @@ cdef int _take_otherwise(
             tensor.kind < 0 or (tensor.kind != FLOAT32 and not halves) or (writable and not tensor.is_writable)
             or not _has_shape(tensor.ndim, <const Py_ssize_t*> tensor.shape, rows, columns)
         ):
-            _refuse(f"{_type_name(provider)} with {tensor.traits()}", name, rows, columns, writable, halves)
+            _refuse(f"{_type_name(provider)} with {tensor.traits(writable)}", name, rows, columns, writable, halves)
         lend(view, tensor, tensor.start, tensor.n_bytes)
         return tensor.kind
     if writable or getattr(type(provider), "__array__", None) is None:

@@ -12,6 +12,7 @@ cdef class Tensor:
     cdef const DLTensor* tensor
     cdef uint64_t flags
     cdef int kind                   # how the elements are stored; -1: not as a kernel can read them
+    cdef bint is_contiguous
     cdef bint is_writable
     cdef int ndim
     cdef const int64_t* shape       # (ndim,)
@@ -20,6 +21,6 @@ cdef class Tensor:
 
     cdef int own(self, object capsule) except -1
     cdef int measure(self) except -1
-    cdef str traits(self)
+    cdef str traits(self, bint writable)
 
 cdef Tensor borrow_tensor(object producer, bint writable)

@@ -53,8 +53,8 @@ cdef extern from *:
 
 cdef enum:
     MAJOR = 1                       # of the versions understood
-    CPU = 1                         # kDLCPU, and memory of the CPU that is pinned for a GPU
-    CUDA_HOST = 3
+    CPU = 1                         # kDLCPU
+    CUDA_HOST = 3                   # memory of the CPU that is pinned for a GPU
     ROCM_HOST = 11
     READ_ONLY = 1
     IS_COPIED = 2
@@ -95,7 +95,6 @@ cdef class Tensor:
         """Find out what was handed out; refuse what cannot even be described."""
         cdef const DLTensor* tensor
         cdef int64_t size = 1, step = 1
-        cdef bint contiguous = True
         cdef int i
         if self.versioned != NULL and self.versioned.major != MAJOR:
             raise BufferError(f"DLPack {self.versioned.major}.{self.versioned.minor}, of which only 1.x is understood")
@@ -108,17 +107,18 @@ cdef class Tensor:
         if not 0 <= tensor.ndim <= MAX_NDIM or (tensor.ndim > 0 and tensor.shape == NULL):
             raise BufferError(f"a DLPack tensor without a shape, of {tensor.ndim} dimensions")
         self.tensor, self.ndim, self.shape, self.kind = tensor, tensor.ndim, tensor.shape, -1
+        self.is_contiguous = True
         for i in range(tensor.ndim):
             if tensor.shape[i] < 0 or (tensor.shape[i] > 0 and size > MAX_SIZE // tensor.shape[i]):
                 return 0
             size *= tensor.shape[i]
         if tensor.strides != NULL and size > 0:
             for i in range(tensor.ndim - 1, -1, -1):
-                contiguous = contiguous and (tensor.shape[i] == 1 or tensor.strides[i] == step)
+                self.is_contiguous = self.is_contiguous and (tensor.shape[i] == 1 or tensor.strides[i] == step)
                 step *= tensor.shape[i]
         # An empty tensor has no memory; an address of no bytes it is given all the same.
         self.start = <char*> tensor.data + tensor.byte_offset if size > 0 else <void*> tensor
-        if tensor.device_type not in (CPU, CUDA_HOST, ROCM_HOST) or not contiguous or (size > 0 and tensor.data == NULL):
+        if tensor.device_type not in (CPU, CUDA_HOST, ROCM_HOST) or not self.is_contiguous or (size > 0 and tensor.data == NULL):
             return 0
         self.n_bytes = size * (tensor.bits // 8)
         self.kind = _kind_of(tensor)
@@ -126,14 +126,14 @@ cdef class Tensor:
             self.kind = -1
         return 0
 
-    cdef str traits(self):
+    cdef str traits(self, bint writable):
         """Say what was handed out, and what is unusual about it."""
         cdef const DLTensor* tensor = self.tensor
         bits = f"{tensor.bits}x{tensor.lanes}" if tensor.lanes != 1 else f"{tensor.bits}"
         kind = f"{TYPES.get(tensor.code, f'type {tensor.code} of bits ')}{bits}"
         shape = tuple([tensor.shape[i] for i in range(tensor.ndim)])
         parts = [f"dtype {kind}", f"shape {shape}"]
-        if tensor.strides != NULL:
+        if not self.is_contiguous:
             parts.append(f"strides {tuple([tensor.strides[i] for i in range(tensor.ndim)])} in elements")
         if tensor.device_type != CPU:
             parts.append(f"on {DEVICES.get(tensor.device_type, f'device type {tensor.device_type}')} device {tensor.device_id}")
@@ -141,9 +141,9 @@ cdef class Tensor:
             parts.append("without memory")
         elif self.start != NULL and <size_t> self.start % max(tensor.bits // 8, 1) != 0:
             parts.append("misaligned")
-        if self.versioned == NULL:
+        if writable and self.versioned == NULL:
             parts.append("by a version of DLPack that does not tell whether it may be written")
-        elif not self.is_writable:
+        elif writable and not self.is_writable:
             parts.append("read-only" if self.flags & READ_ONLY else "a copy")
         return ", ".join(parts)
 
