@@ -79,7 +79,7 @@ def tree(tmp_path_factory):
     for name in sorted(TOP_FILES):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, copy / name)
-    for name in ("src", "tests", "bench"):
+    for name in ("src", "tests", "bench", "docs"):
         shutil.copytree(ROOT / name, copy / name, ignore=DEBRIS)
     return copy
 

@@ -150,7 +150,7 @@ def publish_directory(
 
 
 def published(root: str | os.PathLike[str], name: str) -> list[Path]:
-    """Return the published directories of ``name`` under ``root``, oldest version first."""
+    """Return the published directories of ``name`` under ``root``, oldest first; OSError if it cannot be read."""
     folder = Path(root)
     with _opened(folder) as parent:
         return [folder / found for found, _ in _versions(name, parent)]

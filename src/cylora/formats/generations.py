@@ -23,7 +23,10 @@ logger = logging.getLogger("cylora")
 
 
 def list_generations(folder: str | os.PathLike[str]) -> list[tuple[int, Path]]:
-    """Return number and path of every checkpoint in ``folder``, oldest first. Other files are not looked at."""
+    """Return number and path of every checkpoint in ``folder``, oldest first; OSError if it cannot be read.
+
+    Only the files' names are looked at.
+    """
     names = [match for match in map(NAME.fullmatch, os.listdir(folder)) if match]
     return sorted((int(match["number"]), Path(folder) / match[0]) for match in names)
 
