@@ -11,17 +11,19 @@ from cylora import checks
 from cylora.config import MAX_LEARNING_RATE, MAX_RATE_TIMES_DECAY, LoraTrainingConfig, thread_count
 from cylora.errors import InputError, NonFiniteGradientError, StateError
 from cylora.flat import FlatBuffer, FloatArray, Layout, locate
-from cylora.kernels import PreparedAdam, clip, isa, norm, step_many, variants
+from cylora.kernels import PreparedAdam, PreparedTensors, clip, isa, norm, step_many, variants
 from cylora.moments import Moments
 
 __all__ = [
     "MAX_GRADIENT",
     "Adam",
     "AdamState",
+    "PreparedTensors",
     "check_rate",
     "clip_grad_norm_",
     "grad_norm",
     "isa",
+    "norm_limit",
     "step_many",
     "variants",
 ]
@@ -102,7 +104,7 @@ def clip_grad_norm_(grads: Any, max_norm: float) -> float:
     return before
 
 
-def _norm_limit(max_grad_norm: float) -> float:
+def norm_limit(max_grad_norm: float) -> float:
     """Return the largest norm a gradient may have before it is clipped to ``max_grad_norm``."""
     return max_grad_norm * MAX_REDUCTION if max_grad_norm <= MAX_GRADIENT else MAX_GRADIENT
 
@@ -243,7 +245,7 @@ class Adam(PreparedAdam):
             weight_decay=config.weight_decay,
             l2=config.weight_decay_mode == "l2",
             max_grad_norm=config.max_grad_norm,
-            norm_limit=_norm_limit(config.max_grad_norm),
+            norm_limit=norm_limit(config.max_grad_norm),
             max_rate=_max_rate(config),
             t=0 if state is None else state.t,
             threads=thread_count(config.threads),

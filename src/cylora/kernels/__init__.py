@@ -4,5 +4,6 @@ from cylora.kernels.adam import PreparedAdam
 from cylora.kernels.arrays import clip, norm
 from cylora.kernels.dispatch import isa, variants
 from cylora.kernels.many import step_many
+from cylora.kernels.tensors import PreparedTensors
 
-__all__ = ["PreparedAdam", "clip", "isa", "norm", "step_many", "variants"]
+__all__ = ["PreparedAdam", "PreparedTensors", "clip", "isa", "norm", "step_many", "variants"]

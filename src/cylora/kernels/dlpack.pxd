@@ -1,10 +1,7 @@
 """A tensor borrowed from a DLPack producer, for as long as this object lives."""
 
 from libc.stdint cimport int64_t, uint64_t
-
-cdef struct DLTensor
-cdef struct Managed
-cdef struct Versioned
+from cylora.kernels._dlpack cimport DLTensor, Managed, Versioned
 
 cdef class Tensor:
     cdef Managed* managed           # one of these two owns the memory

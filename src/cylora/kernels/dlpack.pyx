@@ -1,48 +1,16 @@
 """Borrow the memory of a DLPack producer, such as a torch tensor. No producer's package is imported: the protocol is enough.
 
-The structs are those of dlpack.h 1.3, the rules those of the Python array API standard 2024.12. What a producer hands out is
-ours until its deleter is called, which `Tensor` does exactly once. The fast way to it is the table of C functions that a
-type may offer (torch from 2.10 on: 0.05 us where torch's ``__dlpack__`` takes 10).
+The rules are those of the Python array API standard 2024.12. What a producer hands out is ours until its deleter is called,
+which `Tensor` does exactly once. The fast way to it is the table of C functions that a type may offer.
 """
 
 cimport cython
 from cpython.exc cimport PyErr_Clear, PyErr_ExceptionMatches, PyErr_Occurred
 from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_SetName
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t
+from cylora.kernels._dlpack cimport DLTensor, Exchange, Managed, Versioned
 from cylora.kernels._loops cimport BFLOAT16, FLOAT16, FLOAT32
-
-cdef struct DLTensor:
-    void* data
-    int32_t device_type
-    int32_t device_id
-    int32_t ndim
-    uint8_t code                    # of the elements' type, with bits and lanes
-    uint8_t bits
-    uint16_t lanes
-    int64_t* shape
-    int64_t* strides                # in elements; before DLPack 1.2 NULL if C-contiguous
-    uint64_t byte_offset
-
-cdef struct Managed:
-    DLTensor tensor
-    void* context
-    void (*deleter)(Managed*) noexcept
-
-cdef struct Versioned:              # up to flags the same in every version
-    uint32_t major
-    uint32_t minor
-    void* context
-    void (*deleter)(Versioned*) noexcept
-    uint64_t flags
-    DLTensor tensor
-
-cdef struct Exchange:               # the table of a type's C functions; what follows these fields is not used here
-    uint32_t major
-    uint32_t minor
-    Exchange* older
-    void* allocate
-    int (*lend)(PyObject*, Versioned**) noexcept
 
 cdef extern from *:
     """

@@ -11,6 +11,7 @@ cdef struct Part:               # parameters that lie together and follow one ru
     Py_ssize_t start            # where its gradient begins in what the caller gave as one vector
     Py_ssize_t first_block      # where its blocks begin among those of all parts; `lay_out` sets it
     bint is_left_out            # of this step
+    bint ascends                # along the gradient, not against it
 
 cdef struct Task:
     Part* parts

@@ -102,7 +102,8 @@ cdef inline bint _agree(const Task* task, Py_ssize_t i, Py_ssize_t j) noexcept n
     """Whether part j takes part in this step, as part i does, and has the same scalars."""
     a, b = &task.parts[i], &task.parts[j]
     return (
-        not b.is_left_out and a.t == b.t and a.rate_factor == b.rate_factor and memcmp(&a.rule, &b.rule, sizeof(AdamRule)) == 0)
+        not b.is_left_out and a.t == b.t and a.rate_factor == b.rate_factor and a.ascends == b.ascends
+        and memcmp(&a.rule, &b.rule, sizeof(AdamRule)) == 0)
 
 
 cdef void _derive_scalars(Task* task) noexcept nogil:
@@ -123,7 +124,8 @@ cdef void _derive_scalars(Task* task) noexcept nogil:
         elif i > 1 and _agree(task, i, i - 2):
             scalars[0] = task.parts[i - 2].step.scalars
         else:
-            loops.adam_scalars(scalars, &part.rule, task.rate * part.rate_factor, clip, part.t)
+            loops.adam_scalars(
+                scalars, &part.rule, task.rate * part.rate_factor, -clip if part.ascends else clip, part.t)
             scalars.average_weight = <float> task.average_weight
             if task.noise != NULL and scalars.noise_key != key:
                 key = scalars.noise_key
