@@ -158,6 +158,7 @@ def test_every_module_is_read() -> None:
     """A package that the walk missed could break every rule."""
     parts = {part_of(path, SOURCE) for path in SOURCE.rglob("*.py")}
     assert {"errors", "config", "flat", "kernels", "trainer", "cli", "tasks", "formats", "package"} <= parts
+    assert "integrations" in parts
     assert {name for _, name in imports_of(SOURCE / "kernels" / "adam.pyx", SOURCE)} >= {
         "cylora.kernels._loops", "cylora.kernels.buffers", "cylora.kernels.dispatch", "cylora.errors", "libc.stdint",
     }  # fmt: skip
@@ -216,6 +217,10 @@ WRONG = [
         "kernels must not import package|kernels must not import config",
     ),
     ("kernels/buffers.pyx", "import pickle", "pickle is not used"),
+    ("integrations/adamw.py", "from cylora.kernels import PreparedTensors", "integrations must not import kernels"),
+    ("integrations/adamw.py", "from cylora.tasks import run", "integrations must not import tasks"),
+    ("trainer.py", "import cylora.integrations", "trainer must not import integrations"),
+    ("cli.py", "from cylora.integrations.torch import CyloraAdamW", "cli must not import integrations"),
     ("newcomer.py", "", "no rule for the part 'newcomer'"),
 ]
 

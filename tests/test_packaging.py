@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 X86_64 = platform.machine().lower() in {"x86_64", "amd64"}
 TOP_FILES = {
     "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py", ".ci/run",
+    ".ci/interop.coveragerc", ".ci/stubtest.txt",
 }  # fmt: skip
 DEBRIS = shutil.ignore_patterns("*.so", "*.c", "*.py[co]", "__pycache__", "*.egg-info", ".benchmarks", ".*_cache")
 MESSAGE_START = "cylora is a C extension and its compilation failed: "

@@ -1,0 +1,1 @@
+"""cylora inside other libraries. Each module needs the library it is named after; nothing else imports them."""
