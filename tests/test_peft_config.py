@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from cylora.errors import FormatError
-from cylora.formats.peft_config import CONFIG_NAME, Pattern, parse_config, target_modules, to_config
+from cylora.formats.peft_config import CONFIG_NAME, parse_config, target_modules, to_config
+from cylora.patterns import Pattern
 
 LAYERS = [f"model.layers.{n}.self_attn.{name}" for n in range(3) for name in ("q_proj", "v_proj")]
 

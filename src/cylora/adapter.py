@@ -123,6 +123,12 @@ class LoraAdapter:
         adapter._adopt(d_in, d_out, config, flat)
         return adapter
 
+    def with_parameters(self, vector: FloatArray) -> Self:
+        """Return a new adapter like this one that holds a copy of ``vector`` (parameters,), A and then B."""
+        new = self.zeros(self.d_in, self.d_out, self.config)
+        new.flat.vector[...] = vector
+        return new
+
     def __repr__(self) -> str:
         return f"LoraAdapter({self.d_in} -> {self.d_out}, rank {self.rank}, alpha {self.alpha:g})"
 
@@ -266,6 +272,7 @@ def _pair_layout(d_in: int, d_out: int, config: LoraConfig) -> Layout:
     d_in, d_out = (checks.integer(name, size, 1, 2**31) for name, size in (("d_in", d_in), ("d_out", d_out)))
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"config must be a LoraConfig, got {type(config).__name__}")
+    config.require_one_shape()
     return (("A", (config.rank, d_in)), ("B", (d_out, config.rank)))
 
 
@@ -277,7 +284,8 @@ class AdapterSet(Mapping[str, LoraAdapter]):
     shapes : mapping of module name to (d_in, d_out)
         In the order of the vector.
     config : LoraConfig, optional
-        For all of them; `from_adapters` takes mixed ones.
+        For all of them, but for what its ``rank_pattern`` and ``alpha_pattern`` say of some; `from_adapters` takes
+        adapters of any configs.
     seed : int >= 0
         With a module's name it decides that module's A, whatever else is in the set.
 
@@ -293,14 +301,16 @@ class AdapterSet(Mapping[str, LoraAdapter]):
         seed = checks.integer("seed", seed, 0)
         if not isinstance(shapes, Mapping):
             raise ConfigError(f"shapes must be a mapping of name to (d_in, d_out), got {type(shapes).__name__}")
+        names = [str(name) for name in shapes]
+        configs = [config] * len(names) if not isinstance(config, LoraConfig) else config.for_modules(names)
         drawn = {}
-        for name, shape in shapes.items():
+        for (name, shape), own in zip(shapes.items(), configs, strict=True):
             try:
                 d_in, d_out = shape
             except (TypeError, ValueError):
                 raise ConfigError(f"shapes[{name!r}] must be (d_in, d_out), got {shape!r}") from None
             generator = np.random.default_rng([seed, zlib.crc32(str(name).encode(errors="surrogatepass"))])
-            drawn[name] = LoraAdapter(d_in, d_out, config, seed=generator)
+            drawn[name] = LoraAdapter(d_in, d_out, own, seed=generator)
         self._copy(drawn)
 
     @classmethod
@@ -318,6 +328,13 @@ class AdapterSet(Mapping[str, LoraAdapter]):
         """
         new = cls.__new__(cls)
         new._allocate(members)
+        return new
+
+    def with_parameters(self, vector: FloatArray) -> Self:
+        """Return a new set like this one that holds a copy of ``vector`` (parameters,), in this one's layout."""
+        new = self.zeros({name: (one.d_in, one.d_out, one.config) for name, one in self.items()})
+        new.origin = dict(self.origin)
+        new.flat.vector[...] = vector
         return new
 
     def _copy(self, adapters: Mapping[str, LoraAdapter]) -> None:

@@ -1,26 +1,30 @@
-"""LoraConfig and LoraTrainingConfig: frozen, keyword-only, and valid from the moment they exist."""
+"""LoraTrainingConfig: how a training goes, frozen, keyword-only, and valid from the moment it exists."""
 
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from cylora import checks
 from cylora.errors import ConfigError
+from cylora.lora_config import LoraConfig, Validated, known_keys, plain_fields
+from cylora.patterns import Pattern
 
 __all__ = [
+    "DIVERGENCE_POLICIES",
     "MAX_LEARNING_RATE",
     "MAX_RATE_TIMES_DECAY",
     "STATE_DTYPES",
     "LoraConfig",
     "LoraTrainingConfig",
+    "adam_constant",
     "thread_count",
 ]
 
 MAX_LEARNING_RATE = 1e6
-MAX_ALPHA = 1e6
 MAX_RATE_TIMES_DECAY = 2.0
+MAX_FACTOR = 1e6  # on a rate
 MAX_DECAY = 1e6  # times the largest rate it must stay far inside float32
 # Below this, eps times the smallest bias correction would leave float32 and a zero gradient could divide 0 by 0.
 MIN_EPS = 1e-30
@@ -30,18 +34,19 @@ MIN_BETA2 = 0.5
 SCHEDULES = ("constant", "linear", "cosine", "warmup_stable_decay")
 WEIGHT_DECAY_MODES = ("decoupled", "l2")
 NONFINITE_POLICIES = ("raise", "skip")
+DIVERGENCE_POLICIES = ("ignore", "raise", "skip", "rollback")
+MAX_WINDOW = 2**16  # losses and norms that are kept
 STATE_DTYPES = ("float32", "bfloat16", "8bit")
 MAX_THREADS = 64
-
-
-def _known_keys(cls: type, values: object) -> dict[str, Any]:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{cls.__name__} must be made from a mapping of field names, got {type(values).__name__}")
-    known = [f.name for f in fields(cls)]
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{cls.__name__} has no field {key!r}; its fields are {', '.join(known)}")
-    return dict(values)
+# What each of Adam's constants must be, in words and as a test.
+ADAM_RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "learning_rate": ("in [0, 1e6]", lambda x: 0 <= x <= MAX_LEARNING_RATE),
+    "min_learning_rate": ("in [0, 1e6]", lambda x: 0 <= x <= MAX_LEARNING_RATE),
+    "beta1": ("in [0, 1)", lambda x: 0 <= x < 1),
+    "beta2": ("in [0.5, 1)", lambda x: MIN_BETA2 <= x < 1),
+    "weight_decay": ("in [0, 1e6]", lambda x: 0 <= x <= MAX_DECAY),
+    "eps": ("finite and >= 1e-30", checks.finite_at_least(MIN_EPS)),
+}
 
 
 def thread_count(threads: int | None) -> int:
@@ -57,79 +62,21 @@ def thread_count(threads: int | None) -> int:
     return int(digits)
 
 
-class _Validated:
-    """Store checked values on a frozen instance."""
-
-    __slots__ = ()
-
-    def _store(self, **checked: object) -> None:
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+def adam_constant(name: str, value: Any) -> float:
+    """Return the value of one of Adam's constants, or raise ConfigError."""
+    return checks.real(name, value, *ADAM_RULES[name])
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoraConfig(_Validated):
-    """Shape and scale of LoRA adapters (Hu et al. 2021, arXiv:2106.09685).
+def _decay(name: str, value: Any) -> float:
+    return checks.real(name, value, *ADAM_RULES["weight_decay"])
 
-    Parameters
-    ----------
-    rank : int >= 1
-    alpha : float in (0, 1e6]
-    dropout : float in [0, 1)
-        Probability that an element of the adapter's input is dropped while training.
-    target_modules : tuple of str
-        Names of the modules that get an adapter.
-    use_rslora : bool
-        Scale by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732) instead of alpha / rank.
 
-    Raises
-    ------
-    ConfigError
-        If a value breaks its rule.
-    """
-
-    rank: int = 8
-    alpha: float = 8.0
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    use_rslora: bool = False
-
-    def __post_init__(self) -> None:
-        try:
-            modules = () if isinstance(self.target_modules, str) else tuple(self.target_modules)
-        except TypeError:
-            modules = ()
-        if not modules or not all(isinstance(name, str) and name for name in modules):
-            got = f"got {self.target_modules!r}"
-            raise ConfigError(f"target_modules must be a non-empty sequence of non-empty names, {got}")
-        if len(set(modules)) != len(modules):
-            raise ConfigError(f"target_modules must not repeat a name, got {modules!r}")
-        if not isinstance(self.use_rslora, bool):
-            raise ConfigError(f"use_rslora must be True or False, got {self.use_rslora!r}")
-        self._store(
-            rank=checks.integer("rank", self.rank, 1),
-            alpha=checks.real("alpha", self.alpha, "in (0, 1e6]", lambda x: 0 < x <= MAX_ALPHA),
-            dropout=checks.real("dropout", self.dropout, "in [0, 1)", lambda x: 0 <= x < 1),
-            target_modules=modules,
-        )
-
-    @property
-    def scaling(self) -> float:
-        """Factor on B @ A: alpha / rank, or alpha / sqrt(rank) with ``use_rslora``."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain numbers, strings and lists."""
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"target_modules": list(self.target_modules)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Make a config from field names and values; an unknown name is a ConfigError."""
-        return cls(**_known_keys(cls, values))
+def _factor(name: str, value: Any) -> float:
+    return checks.real(name, value, "in [0, 1e6]", lambda x: 0 <= x <= MAX_FACTOR)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LoraTrainingConfig(_Validated):
+class LoraTrainingConfig(Validated):
     """How a `LoraTrainer` trains.
 
     Parameters
@@ -169,6 +116,34 @@ class LoraTrainingConfig(_Validated):
     threads : int in 1..64, or None
         Most threads that one step may use, its caller's included; it uses fewer where the work does not outweigh the
         hand-off. None: the environment variable CYLORA_NUM_THREADS, or 1. No bit of any result depends on it.
+    lora_plus_ratio : float in (0, 1e6]
+        LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B's rate is this times A's. The paper proposes some 2 to 16.
+    train_a : bool
+        False is LoRA-FA (Zhang et al. 2023, arXiv:2308.03303), in its plain form: A stays as it was drawn, takes no
+        memory for moments, and its gradient is neither read nor part of the norm. (PEFT's LoraFA also corrects B's
+        gradient by the pseudo-inverse of A A^T; this does not.)
+    rate_pattern : mapping of str to float in [0, 1e6]
+        Factors on the rate of some modules, by name as in `LoraConfig.rank_pattern`. 0 freezes a module as ``train_a``
+        does A.
+    weight_decay_pattern : mapping of str to float in [0, 1e6]
+        Weight decays of some modules, instead of ``weight_decay``.
+    ema_decay : float in [0, 1) or None
+        Keep an exponential moving average of the parameters: after each step it moves by 1 - ema_decay of the way
+        towards them, from where they were before the first one. 4 more bytes for each parameter.
+    divergence : "ignore", "raise", "skip" or "rollback"
+        What happens to a step whose loss, or gradient norm, is more than ``divergence_factor`` times its median over
+        the last ``divergence_window`` steps that were applied (once there are as many; a loss only where the median is
+        above 0), or whose loss is not finite: raise DivergenceError, record a step that changes nothing, or also put
+        parameters, moments and average back to the last good state.
+    divergence_factor : float > 1
+    divergence_window : int in 1..65536
+    rollback_every : int >= 1
+        With "rollback", a good state is kept every so many applied steps: 12 more bytes for each parameter (fewer with
+        compact moments, 4 more with an average).
+    early_stopping_patience : int >= 1 or None
+        ``is_complete()`` becomes true after so many steps in a row whose loss is not below the best one by more than
+        ``early_stopping_min_delta``. For other measures than the loss there is `cylora.EarlyStopping`.
+    early_stopping_min_delta : float >= 0
 
     Raises
     ------
@@ -194,6 +169,17 @@ class LoraTrainingConfig(_Validated):
     history_limit: int | None = None
     state_dtype: str = "float32"
     threads: int | None = None
+    lora_plus_ratio: float = 1.0
+    train_a: bool = True
+    rate_pattern: Mapping[str, float] = field(default_factory=dict)
+    weight_decay_pattern: Mapping[str, float] = field(default_factory=dict)
+    ema_decay: float | None = None
+    divergence: str = "ignore"
+    divergence_factor: float = 10.0
+    divergence_window: int = 50
+    rollback_every: int = 100
+    early_stopping_patience: int | None = None
+    early_stopping_min_delta: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.lora_config, LoraConfig):
@@ -205,23 +191,15 @@ class LoraTrainingConfig(_Validated):
         checks.choice("state_dtype", self.state_dtype, STATE_DTYPES)
         if self.threads is not None:
             self._store(threads=thread_count(self.threads))
-        for name in ("learning_rate", "min_learning_rate"):
-            checked = checks.real(name, getattr(self, name), "in [0, 1e6]", lambda x: 0 <= x <= MAX_LEARNING_RATE)
-            self._store(**{name: checked})
-        self._store(
-            beta1=checks.real("beta1", self.beta1, "in [0, 1)", lambda x: 0 <= x < 1),
-            beta2=checks.real("beta2", self.beta2, "in [0.5, 1)", lambda x: MIN_BETA2 <= x < 1),
-        )
+        for name in ADAM_RULES:
+            self._store(**{name: adam_constant(name, getattr(self, name))})
         for name in ("warmup_steps", "max_steps", "log_every"):
             self._store(**{name: checks.integer(name, getattr(self, name), 0)})
-        for name in ("decay_steps", "history_limit"):
+        for name in ("decay_steps", "history_limit", "early_stopping_patience"):
             if getattr(self, name) is not None:
                 self._store(**{name: checks.integer(name, getattr(self, name), 1)})
-        self._store(
-            weight_decay=checks.real("weight_decay", self.weight_decay, "in [0, 1e6]", lambda x: 0 <= x <= MAX_DECAY),
-            max_grad_norm=checks.norm_limit("max_grad_norm", self.max_grad_norm, ConfigError),
-            eps=checks.real("eps", self.eps, "finite and >= 1e-30", checks.finite_at_least(MIN_EPS)),
-        )
+        self._store(max_grad_norm=checks.norm_limit("max_grad_norm", self.max_grad_norm, ConfigError))
+        self._check_options()
         highest = max(self.learning_rate, self.min_learning_rate)
         if self.weight_decay_mode == "decoupled" and highest * self.weight_decay > MAX_RATE_TIMES_DECAY:
             raise ConfigError(
@@ -229,9 +207,30 @@ class LoraTrainingConfig(_Validated):
                 f"got {highest:g} times {self.weight_decay:g}"
             )
 
+    def _check_options(self) -> None:
+        checks.choice("divergence", self.divergence, DIVERGENCE_POLICIES)
+        if not isinstance(self.train_a, bool):
+            raise ConfigError(f"train_a must be True or False, got {self.train_a!r}")
+        ratio, factor = self.lora_plus_ratio, self.divergence_factor
+        finite = checks.finite_at_least(0.0)
+        self._store(
+            lora_plus_ratio=checks.real("lora_plus_ratio", ratio, "in (0, 1e6]", lambda x: 0 < x <= MAX_FACTOR),
+            rate_pattern=Pattern.checked("rate_pattern", self.rate_pattern, _factor),
+            weight_decay_pattern=Pattern.checked("weight_decay_pattern", self.weight_decay_pattern, _decay),
+            divergence_factor=checks.real("divergence_factor", factor, "finite and > 1", lambda x: 1 < x < math.inf),
+            divergence_window=checks.integer("divergence_window", self.divergence_window, 1, MAX_WINDOW),
+            rollback_every=checks.integer("rollback_every", self.rollback_every, 1),
+            early_stopping_min_delta=checks.real(
+                "early_stopping_min_delta", self.early_stopping_min_delta, "finite and >= 0", finite
+            ),
+        )
+        if self.ema_decay is not None:
+            decay = checks.real("ema_decay (if not None)", self.ema_decay, "in [0, 1)", lambda x: 0 <= x < 1)
+            self._store(ema_decay=decay)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, ``lora_config`` as a dict; a callable schedule stays the callable."""
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"lora_config": self.lora_config.to_dict()}
+        return plain_fields(self) | {"lora_config": self.lora_config.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -239,7 +238,7 @@ class LoraTrainingConfig(_Validated):
 
         An unknown name is a ConfigError.
         """
-        known = _known_keys(cls, values)
+        known = known_keys(cls, values)
         if isinstance(known.get("lora_config"), Mapping):
             known["lora_config"] = LoraConfig.from_dict(known["lora_config"])
         return cls(**known)

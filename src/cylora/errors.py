@@ -3,6 +3,7 @@
 __all__ = [
     "ConfigError",
     "CyloraError",
+    "DivergenceError",
     "FormatError",
     "InputError",
     "NonFiniteGradientError",
@@ -34,6 +35,10 @@ class NonFiniteGradientError(InputError):
     def __str__(self) -> str:
         message = self.args[0] if len(self.args) == 1 else None
         return str(message()) if callable(message) else super().__str__()
+
+
+class DivergenceError(InputError):
+    """A loss or gradient norm is far above what it was lately. Nothing was written."""
 
 
 class TrainerBusyError(CyloraError, RuntimeError):

@@ -19,10 +19,10 @@ import numpy as np
 
 from cylora import checks
 from cylora.adapter import AdapterSet
-from cylora.config import MAX_ALPHA, LoraConfig
 from cylora.errors import FormatError
 from cylora.formats.container import open_regular
 from cylora.formats.weights import check_count, widen
+from cylora.lora_config import MAX_ALPHA, LoraConfig
 
 __all__ = ["GGUF_MAGIC", "read_gguf"]
 

@@ -20,14 +20,15 @@ from numpy.typing import NDArray
 
 from cylora import __version__, checks
 from cylora.adapter import AdapterSet
-from cylora.config import MAX_ALPHA, LoraConfig
 from cylora.errors import FormatError, InputError
 from cylora.formats import strict_json
 from cylora.formats.container import Tensor, TensorFile, content, read_regular
 from cylora.formats.durable import Content, create_directory
-from cylora.formats.peft_config import CONFIG_NAME, PLAIN, Pattern, PeftConfig, parse_config, to_config
+from cylora.formats.peft_config import CONFIG_NAME, PLAIN, PeftConfig, parse_config, to_config
 from cylora.formats.portable import fold
 from cylora.formats.weights import check_count, check_finite, narrowed, widen
+from cylora.lora_config import MAX_ALPHA, LoraConfig
+from cylora.patterns import Pattern
 
 __all__ = ["TENSORS_NAME", "load_peft", "peft_files", "read_peft", "save_peft"]
 

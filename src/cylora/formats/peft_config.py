@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from cylora import checks
-from cylora.config import MAX_ALPHA
 from cylora.errors import FormatError
+from cylora.lora_config import MAX_ALPHA
+from cylora.patterns import LITERAL
 
-__all__ = ["CONFIG_NAME", "PLAIN", "Pattern", "PeftConfig", "parse_config", "target_modules", "to_config"]
+__all__ = ["CONFIG_NAME", "PLAIN", "PeftConfig", "parse_config", "target_modules", "to_config"]
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -52,7 +53,6 @@ DEFAULTS: dict[str, Any] = {
     "revision": None,
 }
 PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
-LITERAL = re.compile(r"\^?(?:[A-Za-z0-9_.-]|\\\.)+\$?")
 
 
 class PeftConfig(NamedTuple):
@@ -129,29 +129,6 @@ def _pattern(path: object, key: str, document: Mapping[str, Any]) -> Iterable[tu
         if not LITERAL.fullmatch(name):
             raise FormatError(f"{path}: {key} must have names as keys, no regular expressions, got {name!r:.80}")
         yield name, value
-
-
-class Pattern:
-    """A ``rank_pattern`` or ``alpha_pattern``: the first key counts that is a module's name or its end from a dot on.
-
-    Looked up by the ends of a name, since a file may have many keys and many modules.
-    """
-
-    def __init__(self, pattern: Mapping[str, Any]) -> None:
-        self._whole: dict[str, tuple[int, Any]] = {}
-        self._ends: dict[str, tuple[int, Any]] = {}
-        for place, (key, value) in enumerate(pattern.items()):
-            name = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
-            self._whole.setdefault(name, (place, value))
-            if not key.startswith("^"):
-                self._ends.setdefault(name, (place, value))
-
-    def value(self, module: str, default: Any) -> Any:
-        """Return what the pattern says of a module, or ``default``."""
-        parts = module.split(".")
-        ends = (self._ends.get(".".join(parts[start:])) for start in range(1, len(parts)))
-        found = [match for match in (self._whole.get(module), *ends) if match is not None]
-        return min(found, key=lambda match: match[0])[1] if found else default
 
 
 def target_modules(modules: Iterable[str]) -> list[str]:
