@@ -87,6 +87,36 @@ def adam_step(p: ArrayLike, g: ArrayLike, m: ArrayLike, v: ArrayLike, t: int, ru
     return Step(p_next, m_next, v_next, before)
 
 
+class Group(NamedTuple):
+    """Some of the parameters: their factor on the rate, and their weight decay."""
+
+    where: slice
+    rate_factor: float
+    weight_decay: float
+
+
+def grouped_step(
+    p: ArrayLike, g: ArrayLike, m: ArrayLike, v: ArrayLike, t: int, rule: Rule, groups: list[Group]
+) -> Step:
+    """Return the state after step t where only the groups are trained, as an optimizer with parameter groups does it.
+
+    What is in no group has no gradient: it is not part of the norm, and stays.
+    """
+    p, g, m, v = (np.array(x, np.float64) for x in (p, g, m, v))
+    before = norm(*(g[group.where] for group in groups))
+    clip = clip_scale(before, rule.max_norm)
+    for where, factor, weight_decay in groups:
+        own = rule._replace(rate=rule.rate * factor, weight_decay=weight_decay, max_norm=math.inf)
+        step = adam_step(p[where], clip * g[where], m[where], v[where], t, own)
+        p[where], m[where], v[where] = step.p, step.m, step.v
+    return Step(p, m, v, before)
+
+
+def averaged(average: ArrayLike, p: ArrayLike, decay: float) -> Doubles:
+    """Return an exponential moving average after it has seen ``p``."""
+    return decay * np.asarray(average, np.float64) + (1.0 - decay) * np.asarray(p, np.float64)
+
+
 def ulp(x: ArrayLike) -> Doubles:
     """Return the distance between neighbouring float32 at |x|; denormals have the one of the smallest normal number."""
     magnitude = np.maximum(np.abs(np.asarray(x, np.float64)), 2.0**-126)

@@ -45,7 +45,14 @@ VARIETIES: dict[str, dict[str, Any]] = {
     "skip": {"nonfinite": "skip"},
     "bfloat16": {"state_dtype": "bfloat16", "schedule": "warmup_stable_decay", "decay_steps": 4},
     "8 bits, skip": {"state_dtype": "8bit", "nonfinite": "skip", "history_limit": 4, "threads": 2},
-}
+    "LoRA+, average, patience": {
+        "lora_plus_ratio": 8.0, "ema_decay": 0.75, "early_stopping_patience": 3, "early_stopping_min_delta": 0.125
+    },
+    "LoRA-FA, rollback": {
+        "train_a": False, "state_dtype": "8bit", "divergence": "rollback", "divergence_window": 2, "ema_decay": 0.5,
+        "divergence_factor": 1.25, "rollback_every": 2, "history_limit": 3,
+    },
+}  # fmt: skip
 MAKERS: dict[str, Callable[[], LoraAdapter | AdapterSet]] = {"lone": make_adapter, "set": make_set}
 
 
@@ -102,6 +109,61 @@ def test_mixed_configs_names_and_origin_come_back(tmp_path: Path) -> None:
     assert [(one.d_in, one.d_out) for one in loaded.values()] == [(3, 4), (5, 2), (1, 1)]
     assert loaded.origin == adapters.origin
     assert fingerprint(loaded) == fingerprint(adapters)
+
+
+SCHEMA_1 = Path(__file__).with_name("data") / "schema_1"
+
+
+@pytest.mark.parametrize("name", ["lone", "set"])
+def test_a_file_of_the_first_schema_is_read_and_goes_on(tmp_path: Path, name: str) -> None:
+    """Files as an earlier cylora wrote them: what it did not know is what it did, and the next save says so."""
+    path = SCHEMA_1 / f"{name}.safetensors"
+    metadata, tensors = taken_apart(path)
+    assert json.loads(metadata["cylora.checkpoint"])["schema"] == 1
+    trainer, adapters, generation, rng, extra = load_checkpoint(path)
+    assert (generation, extra, rng is None) == (3, {"epoch": 2}, name == "lone")
+    assert np.array_equal(adapters.flat.vector, tensors["parameters"])
+    state = trainer.state_dict()
+    for key in ("m", "v") if name == "lone" else ("m", "v", "m_exponents", "v_exponents"):
+        assert np.array_equal(state["adam"][key], tensors[f"adam.{key}"])
+    assert np.array_equal(state["history"]["loss"], tensors["history.loss"])
+    assert (state["ema"], state["watch"], state["good"]) == (None, None, None)
+    config = trainer.config
+    assert (config.lora_plus_ratio, config.train_a, config.ema_decay, config.divergence) == (1.0, True, None, "ignore")
+    assert all(not one.config.rank_pattern for one in (adapters.values() if name == "set" else [adapters]))
+    save_checkpoint(trainer, adapters, tmp_path / "again", generation=3, rng=rng, extra=extra)
+    assert json.loads(taken_apart(tmp_path / "again")[0]["cylora.checkpoint"])["schema"] == 2
+    again = load_checkpoint(tmp_path / "again")
+    assert everything(again.trainer, again.adapters) == everything(trainer, adapters)
+    with_average = load_checkpoint(path, ema_decay=0.5)  # an average may begin at any time
+    for one in ((trainer, adapters), (again.trainer, again.adapters), (with_average.trainer, with_average.adapters)):
+        if one[0].accumulated:
+            one[0].step_accumulated(one[1])
+        gradient = np.random.default_rng(4).normal(size=one[1].param_count()).astype(np.float32)
+        one[0].step(1.0, one[1], gradient)
+    assert fingerprint(again.trainer, again.adapters) == fingerprint(trainer, adapters)
+    assert np.array_equal(with_average.adapters.flat.vector, adapters.flat.vector)
+
+
+def test_the_order_of_a_patterns_keys_comes_back(tmp_path: Path) -> None:
+    patterns = {"rate_pattern": {"q": 2.0, "k": 1.0, "out.proj": 4.0}, "weight_decay_pattern": {"k": 0.5, "a": 0.25}}
+    lora = LoraConfig(rank_pattern={"z": 3, "a": 2}, alpha_pattern={"z": 0.5, "b": 2.0})
+    adapters, trainer = make_set(), make_trainer(lora_config=lora, **patterns | {"weight_decay_pattern": {"k": 0.5}})
+    trainer.step(1.0, adapters, Gradients(adapters))
+    save_checkpoint(trainer, adapters, tmp_path / "file")
+    config = load_checkpoint(tmp_path / "file").trainer.config
+    assert config == trainer.config
+    assert list(config.rate_pattern) == ["q", "k", "out.proj"]
+    assert list(config.lora_config.rank_pattern) == ["z", "a"]
+
+
+def test_what_a_config_no_longer_trains_does_not_load(tmp_path: Path) -> None:
+    adapters, trainer = make_set(), make_trainer(train_a=False)
+    trainer.step(1.0, adapters, Gradients(adapters))
+    save_checkpoint(trainer, adapters, tmp_path / "file")
+    loaded = load_checkpoint(tmp_path / "file", train_a=True)
+    with pytest.raises(StateError, match="adam sizes must be those that the config trains"):
+        loaded.trainer.step(1.0, loaded.adapters, Gradients(adapters))
 
 
 def test_one_adapter_of_a_set_is_saved_alone(tmp_path: Path) -> None:
@@ -446,7 +508,7 @@ def test_the_hash_is_that_of_all_bytes_before_it(tmp_path: Path) -> None:
 def test_the_header_says_what_a_reader_needs_first(tmp_path: Path) -> None:
     path = saved(tmp_path)
     facts = json.loads(taken_apart(path)[0]["cylora.checkpoint"])
-    assert (facts["schema"], facts["version"]) == (1, __version__)
+    assert (facts["schema"], facts["version"]) == (2, __version__)
     found = read_checkpoint(path).facts
     assert (found.version, found.is_set, found.size, found.kept_steps) == (__version__, False, 33, 2)
 

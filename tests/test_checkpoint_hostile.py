@@ -236,10 +236,11 @@ FORGED: dict[str, tuple[Forge, str]] = {
     "too deep": (text("cylora.extra", lambda _: '{"a":' * 5 + "1" + "}" * 5), "at most 4 levels"),
     "much too deep": (text("cylora.extra", lambda _: '{"a":' * 50_000), "at most 4 levels, got many more|must be JSON"),
     # the main document
-    "schema 2": (facts("schema", 2), "schema must be 1, the one this version reads, got 2"),
-    "schema 1.0": (facts("schema", 1.0), "schema must be 1, the one this version reads, got 1.0"),
-    "schema true": (facts("schema", True), "schema must be 1, the one this version reads, got True"),
-    "no schema": (lambda d, _: d[CHECKPOINT].pop("schema") and None, "schema must be 1.*got None"),
+    "schema 3": (facts("schema", 3), "schema must be 1 or 2, those this version reads, got 3"),
+    "schema 1 with what came later": (facts("schema", 1), "facts must be a mapping with the keys schema, version"),
+    "schema 2.0": (facts("schema", 2.0), "schema must be 1 or 2, those this version reads, got 2.0"),
+    "schema true": (facts("schema", True), "schema must be 1 or 2, those this version reads, got True"),
+    "no schema": (lambda d, _: d[CHECKPOINT].pop("schema") and None, "schema must be 1 or 2.*got None"),
     "unknown key": (facts("more", 1), "facts must be a mapping with the keys schema, version"),
     "missing key": (lambda d, _: d[CHECKPOINT].pop("generation") and None, "facts must be a mapping with the keys"),
     "version": (facts("version", 1), "version must be text, got 1"),
@@ -380,6 +381,51 @@ FORGED: dict[str, tuple[Forge, str]] = {
 def test_a_forged_checkpoint_is_refused_by_the_rule_it_breaks(tmp_path: Path, case: str) -> None:
     change, message = FORGED[case]
     documents, tensors = parts(tmp_path)
+    change(documents, tensors)
+    refuses(forged(tmp_path, documents, tensors), message)
+
+
+OPTIONS = {
+    "train_a": False, "ema_decay": 0.5, "divergence": "rollback", "divergence_window": 3, "divergence_factor": 9.0,
+    "rollback_every": 1, "early_stopping_patience": 9,
+}  # fmt: skip
+# Forgeries of a file in which options have left something.
+FORGED_OPTIONS: dict[str, tuple[Forge, str]] = {
+    "ema a number": (facts("ema", 1), "ema must be true or false, got 1"),
+    "ema of none": (facts("ema", False), "good ema must be there|the tensors must be those of a checkpoint, got also"),
+    "ema without decay": (facts("training", None, "ema_decay"), "ema_decay must be set in training with what is kept"),
+    "good without rollback": (facts("training", "ignore", "divergence"), "divergence must be set in training with"),
+    "ema NaN": (tensor("ema", lambda old: put(old, 3, math.nan)), "ema must be finite, got nan"),
+    "ema short": (tensor("ema", lambda old: old[:-1]), r"'ema' must be F32 of shape \[54\]"),
+    "good a list": (facts("good", []), "good must be a mapping with the keys t, got list"),
+    "good t": (facts("good", -1, "t"), r"good t must be an integer in \[0, 5\], got -1"),
+    "good t beyond adam's": (facts("good", 5, "t"), "good must be an earlier state of adam, got one after 5 steps"),
+    "good infinite": (tensor("good.parameters", lambda old: put(old, 0, math.inf)), "good.parameters must be finite"),
+    "good ema NaN": (tensor("good.ema", lambda old: put(old, 0, math.nan)), "good.ema must be finite, got nan"),
+    "good v": (tensor("good.v", lambda old: put(old, 0, -1.0)), "adam v must be >= 0, got -1.0"),
+    "good missing": (tensor("good.m", None), "'good.m' must be among the tensors"),
+    "watch a list": (facts("watch", []), "watch must be a mapping with the keys kept, stopping"),
+    "watch kept": (facts("watch", -1, "kept"), r"watch kept must be an integer in \[0, 65536\], got -1"),
+    "watch more": (facts("watch", 2, "kept"), r"'watch.losses' must be F64 of shape \[2\]"),
+    "watch NaN": (tensor("watch.norms", lambda old: put(old, 0, math.nan)), "watch norms must be finite, got nan"),
+    "stopping": (facts("watch", {}, "stopping"), "early stopping must be a mapping with the keys best"),
+    "stopping count": (facts("watch", 9.5, "stopping", "waited"), "early stopping"),
+    "no watch": (facts("watch", None), "got also 'watch.losses'"),
+    "pattern of none": (facts("training", {"v": 2}, "rate_pattern"), "each key of rate_pattern must count for"),
+    "pattern a list": (facts("training", [], "rate_pattern"), "rate_pattern must be a mapping of module names"),
+    "pattern a regular expression": (facts("training", {"(a+)+": 2}, "rate_pattern"), "must have names of modules or"),
+    "rank pattern": (facts("lora_configs", {"q": 2}, 0, "rank_pattern"), "rank_pattern must be empty for a lone"),
+    "all of A, moments of B": (facts("training", True, "train_a"), r"'adam.m' must be F32 of shape \[54\]"),
+    "ratio": (facts("training", 0, "lora_plus_ratio"), r"lora_plus_ratio must be in \(0, 1e6\], got 0"),
+    "no ratio": (lambda d, _: d[CHECKPOINT]["training"].pop("lora_plus_ratio") and None, "training must be a mapping"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FORGED_OPTIONS)
+def test_a_forged_checkpoint_with_options_is_refused_by_the_rule_it_breaks(tmp_path: Path, case: str) -> None:
+    change, message = FORGED_OPTIONS[case]
+    documents, tensors = parts(tmp_path, **OPTIONS)
+    load_checkpoint(forged(tmp_path, documents, tensors))
     change(documents, tensors)
     refuses(forged(tmp_path, documents, tensors), message)
 

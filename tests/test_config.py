@@ -58,13 +58,25 @@ BAD_TRAINING = [
     *[("threads", x, r"threads \(if not None\) must be an integer in \[1, 64\], got") for x in (0, -1, 65, 2**70)],
     *[("threads", x, r"threads \(if not None\) must be an integer, got") for x in (1.0, "2", True, NAN, [1])],
     *[("nonfinite", x, "nonfinite must be one of 'raise', 'skip', got") for x in ("ignore", None, True)],
+    *[("lora_plus_ratio", x, r"lora_plus_ratio must be in \(0, 1e6\], got") for x in (0, -1, 1.1e6, NAN, None, "4")],
+    *[("train_a", x, "train_a must be True or False, got") for x in (0, 1, None, "no")],
+    *[("ema_decay", x, r"ema_decay \(if not None\) must be in \[0, 1\), got") for x in (1, -0.1, NAN, "0.9", True)],
+    *[
+        ("divergence", x, "divergence must be one of 'ignore', 'raise', 'skip', 'rollback', got")
+        for x in ("warn", None, True)
+    ],
+    *[("divergence_factor", x, "divergence_factor must be finite and > 1, got") for x in (1, 0, NAN, INF, None)],
+    *[("divergence_window", x, "divergence_window must be an integer") for x in (0, 65537, 2.0, None)],
+    *[("rollback_every", x, "rollback_every must be an integer") for x in (0, "1", None)],
+    *[("early_stopping_patience", x, "early_stopping_patience must be an integer") for x in (0, "1", 1.5)],
+    *[("early_stopping_min_delta", x, "early_stopping_min_delta must be finite and >= 0") for x in (-1, NAN, INF)],
 ]
 
 
 def test_defaults_are_those_of_the_field() -> None:
     lora, training = LoraConfig(), LoraTrainingConfig()
     assert lora.to_dict() == {
-        "rank": 8, "alpha": 8.0, "dropout": 0.0, "use_rslora": False,
+        "rank": 8, "alpha": 8.0, "dropout": 0.0, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     }  # fmt: skip
     assert training.to_dict() == {
@@ -72,6 +84,9 @@ def test_defaults_are_those_of_the_field() -> None:
         "warmup_steps": 100, "max_steps": 1000, "log_every": 10, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8,
         "weight_decay_mode": "decoupled", "schedule": "constant", "min_learning_rate": 0.0, "decay_steps": None,
         "nonfinite": "raise", "history_limit": None, "state_dtype": "float32", "threads": None,
+        "lora_plus_ratio": 1.0, "train_a": True, "rate_pattern": {}, "weight_decay_pattern": {}, "ema_decay": None,
+        "divergence": "ignore", "divergence_factor": 10.0, "divergence_window": 50, "rollback_every": 100,
+        "early_stopping_patience": None, "early_stopping_min_delta": 0.0,
     }  # fmt: skip
 
 

@@ -118,6 +118,11 @@ def test_bits_do_not_depend_on_how_a_vector_is_cut() -> None:
     check_equal_everywhere("segments")
 
 
+def test_bits_of_training_options_do_not_depend_on_threads_states_or_types() -> None:
+    """Rates and decays by matrix, frozen ones, averages, guards, rollbacks, overrides: with every form of moments."""
+    assert check_equal_everywhere("options") == 120 * len(RUNNABLE)
+
+
 @pytest.mark.parametrize("state", STATES)
 def test_floating_point_state_is_really_set(state: str) -> None:
     """NumPy, which leaves the state alone, must feel it: else the comparison above would be of clean with clean."""

@@ -16,9 +16,15 @@ ALLOWED = {
     "errors": set(),
     "checks": {"errors"},
     "kernels": {"errors"},
-    "config": {"errors", "checks"},
+    "patterns": {"errors"},
+    "lora_config": {"errors", "checks", "patterns"},
+    "config": {"errors", "checks", "patterns", "lora_config"},
+    "overrides": {"checks", "config", "lora_config"},
+    "early_stopping": {"errors", "checks"},
+    "running_median": set(),
     "flat": {"errors", "checks"},
     "schedule": {"errors", "checks", "config"},
+    "parts": {"errors", "config", "flat", "patterns"},
     "adapter": {"errors", "checks", "config", "flat"},
     "plotting": {"errors", "checks"},
     "history_text": {"errors"},
@@ -26,12 +32,18 @@ ALLOWED = {
     "trackers": {"errors", "checks", "history"},
     "accumulation": {"errors", "checks", "flat"},
     "moments": {"errors", "checks", "config", "flat"},
-    "optimizer": {"errors", "checks", "config", "flat", "kernels", "moments"},
+    "good_state": {"errors", "checks", "flat", "moments"},
+    "reporting": {"history"},
+    "watch": {"errors", "checks", "config", "early_stopping", "history", "running_median"},
+    "optimizer": {"errors", "checks", "config", "flat", "good_state", "kernels", "moments", "overrides", "parts"},
 }
-NOT_FOR_STEPS = {"kernels", "moments", "plotting", "history_text", "trackers"}
+# Each of these has one that speaks for it.
+INNER = {"kernels", "moments", "patterns", "lora_config", "running_median", "plotting", "history_text"}
+NOT_FOR_STEPS = INNER | {"trackers"}
+ALLOWED["state"] = {*ALLOWED} - NOT_FOR_STEPS
 ALLOWED["trainer"] = {*ALLOWED} - NOT_FOR_STEPS
 ALLOWED["many"] = {*ALLOWED} - NOT_FOR_STEPS
-PUBLIC = {*ALLOWED} - {"kernels", "checks", "accumulation", "moments", "plotting", "history_text"}
+PUBLIC = {*ALLOWED} - INNER - {"checks", "accumulation", "good_state", "parts", "reporting", "state", "watch"}
 ALLOWED["package"] = PUBLIC  # cylora/__init__.py
 ABOVE = {*ALLOWED} - {"kernels"}  # what the parts above the trainer may use; "package" for the version
 ALLOWED["formats"] = ABOVE
@@ -180,6 +192,12 @@ WRONG = [
     ("trainer.py", "from cylora.kernels.adam import PreparedAdam", "trainer must not import kernels"),
     ("many.py", "from cylora.kernels.many import step_many", "many must not import kernels"),
     ("moments.py", "from cylora.optimizer import Adam", "moments must not import optimizer"),
+    ("parts.py", "from cylora.adapter import AdapterSet", "parts must not import adapter"),
+    ("watch.py", "from cylora.trainer import LoraTrainer", "watch must not import trainer"),
+    ("state.py", "from cylora.trainer import LoraTrainer", "state must not import trainer"),
+    ("early_stopping.py", "from cylora.history import TrainingHistory", "early_stopping must not import history"),
+    ("patterns.py", "from cylora.config import LoraConfig", "patterns must not import config"),
+    ("trainer.py", "from cylora.moments import Moments", "trainer must not import moments"),
     ("trainer.py", "from cylora.formats import peft", "trainer must not import formats"),
     ("trainer.py", "def f():\n    import cylora.cli", "trainer must not import cli"),
     ("formats/durable.py", "from cylora import cli", "formats must not import cli"),

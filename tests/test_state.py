@@ -128,7 +128,7 @@ def test_state_is_plain_and_survives_json_and_arrays(state_dtype: str) -> None:
 
 def test_state_before_anything_happened_loads() -> None:
     state = LoraTrainer().state_dict()
-    assert state["version"] == 1
+    assert state["version"] == 2
     assert state["adam"] is None
     assert state["accumulated"] is None
     adapter, trainer = make_adapter(), make_trainer()
@@ -232,19 +232,21 @@ def broken(path: str, value: object) -> dict:
     return state
 
 
+KEYS = "state must be a mapping with the keys version, adam, history, accumulated, ema, watch, good"
+LAYOUT = "adapter must have the layout of the loaded state"
 BAD_STATES = [
-    (lambda: None, "state must be a mapping with the keys version, adam, history, accumulated, got NoneType"),
-    (lambda: {}, "state must be a mapping with the keys version, adam, history, accumulated, got the keys $"),
+    (lambda: None, f"{KEYS}, got NoneType"),
+    (lambda: {}, f"{KEYS}, got the keys $"),
     (lambda: good_state() | {"extra": 1}, "state must be a mapping with the keys .*extra"),
-    (lambda: broken("version", 2), "state version must be 1, got 2"),
-    (lambda: broken("version", None), "state version must be 1, got None"),
+    (lambda: broken("version", 3), "state version must be 1 or 2, got 3"),
+    (lambda: broken("version", None), "state version must be 1 or 2, got None"),
     (lambda: broken("adam", []), "adam must be a mapping with the keys layout, t and those of the moments, got list"),
     (lambda: broken("adam.t", 4), "adam t must be at most the 3 steps of the history, got 4"),
     (lambda: broken("adam.t", -1), "adam t must be an integer >= 1, got -1"),
     (lambda: broken("adam.m", np.full(33, np.nan, "f4")), "adam m must be finite, got nan"),
     (lambda: broken("adam.v", np.full(33, -1, "f4")), "adam v must be >= 0"),
     (lambda: broken("adam.v", np.zeros(3, "f4")), "adam v must be float32 of shape"),
-    (lambda: broken("adam.layout", [["A", [33]]]), r"adam layout must be that of LoraAdapter\(6 -> 5"),
+    (lambda: broken("adam.layout", [["A", [33]]]), rf"{LAYOUT}, .*, got LoraAdapter\(6 -> 5"),
     (lambda: broken("history", None), "history must be a mapping with the keys"),
     (lambda: broken("history.limit", 5), "history limit must be None, as configured, got 5"),
     (lambda: broken("history.limit", -5), "history limit must be an integer >= 1, got -5"),

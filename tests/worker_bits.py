@@ -20,6 +20,7 @@ from typing import Any
 import fp_state
 import kernel_calls
 import numpy as np
+import option_bits
 from numpy.typing import NDArray
 from reference import Rule
 
@@ -395,10 +396,13 @@ def threaded(per_size: int, sizes: tuple[int, ...] = STEP_SIZES) -> dict[str, An
 
 
 def main() -> None:
-    """Print what the argument asks for: ``segments``, ``threads N``, states separated by commas, or ``long``."""
+    """Print what the argument asks for: ``segments``, ``options``, ``threads N``, states with commas, or ``long``."""
     what = sys.argv[1]
     if what == "segments":
         result = segments()
+    elif what == "options":
+        combinations, digests = option_bits.options()
+        result = {"isa": isa, "combinations": combinations, "digests": digests}
     elif what.startswith("threads"):
         result = threaded(int(what.split()[1]))
     elif what == "long":

@@ -27,6 +27,23 @@ VARIETIES: dict[str, dict[str, Any]] = {
     "l2, ring": {"weight_decay_mode": "l2", "history_limit": 7, "schedule": "linear"},
     "bfloat16": {"state_dtype": "bfloat16", "schedule": "warmup_stable_decay"},
     "8bit": {"state_dtype": "8bit", "history_limit": 50, "weight_decay": 0.1},
+    "LoRA+, average": {
+        "lora_plus_ratio": 4.0,
+        "ema_decay": 0.8,
+        "weight_decay_pattern": {"q": 0.3},
+        "early_stopping_patience": 9,
+    },
+    "LoRA-FA, 8bit, rollback": {
+        "train_a": False,
+        "state_dtype": "8bit",
+        "ema_decay": 0.5,
+        "divergence": "rollback",
+        "divergence_window": 4,
+        "divergence_factor": 5.0,
+        "rollback_every": 3,
+        "history_limit": 6,
+        "rate_pattern": {"odd": 0.5},
+    },
 }
 # Small ones, and one of so many parameters that several threads get a part.
 WIDTHS = {"small": 5, "wide": 700}
@@ -53,6 +70,8 @@ def act(trainer: LoraTrainer, adapters: AdapterSet, rng: np.random.Generator, gr
     else:
         if index % 9 == 8:
             gradients.vector[int(rng.integers(gradients.vector.size))] = math.nan
+        if index % 13 == 12:  # for a guard
+            gradients.vector *= 99
         trainer.step(3 - index / 50, adapters, gradients)
 
 

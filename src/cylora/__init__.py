@@ -10,9 +10,11 @@
 from cylora import trackers
 from cylora.adapter import AdapterSet, GradientPair, Gradients, LoraAdapter
 from cylora.config import LoraConfig, LoraTrainingConfig
+from cylora.early_stopping import EarlyStopping
 from cylora.errors import (
     ConfigError,
     CyloraError,
+    DivergenceError,
     FormatError,
     InputError,
     NonFiniteGradientError,
@@ -24,13 +26,17 @@ from cylora.flat import FlatBuffer
 from cylora.history import TrainingHistory, TrainingStep
 from cylora.many import step_many
 from cylora.optimizer import Adam, clip_grad_norm_, grad_norm
+from cylora.overrides import AdamParams
 from cylora.trainer import LoraTrainer
 
 __all__ = [
     "Adam",
+    "AdamParams",
     "AdapterSet",
     "ConfigError",
     "CyloraError",
+    "DivergenceError",
+    "EarlyStopping",
     "FlatBuffer",
     "FormatError",
     "GradientPair",

@@ -11,7 +11,7 @@ from cylora.config import STATE_DTYPES
 from cylora.errors import StateError
 from cylora.flat import FloatArray, aligned_zeros
 
-__all__ = ["Moments"]
+__all__ = ["Moments", "checked_sizes"]
 
 CHUNK = 256  # elements of 8-bit state that share an exponent
 PART = 2**18  # elements that are decoded at a time, a multiple of CHUNK
@@ -31,6 +31,13 @@ def _from_codes(codes: NDArray[Any], exponents: NDArray[np.uint8]) -> FloatArray
     magnitude = (np.abs(codes.astype(np.int32)).astype(np.uint32) << 20) + base
     values: FloatArray = magnitude.view(np.float32) - base.view(np.float32)
     return np.where(codes < 0, -values, values)
+
+
+def checked_sizes(name: str, sizes: Any) -> tuple[int, ...]:
+    """Return the sizes of parts that a saved state lists, or raise StateError."""
+    if not isinstance(sizes, list | tuple) or not sizes:
+        raise StateError(f"{name} must be a list of at least one size, got {sizes!r:.80}")
+    return tuple(checks.integer(name, size, 1, error=StateError) for size in sizes)
 
 
 def _as_sizes(sizes: int | Sequence[int]) -> tuple[int, ...]:
@@ -102,6 +109,13 @@ class Moments:
             mine[...] = array
         moments.check()
         return moments
+
+    def copy(self) -> Self:
+        """Return moments of their own with the same numbers."""
+        new = type(self)(self.sizes, self.dtype)
+        for mine, theirs in zip(new.arrays().values(), self.arrays().values(), strict=True):
+            mine[...] = theirs
+        return new
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the live arrays by name, as they are stored."""

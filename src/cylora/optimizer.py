@@ -8,11 +8,14 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from cylora import checks
-from cylora.config import MAX_LEARNING_RATE, MAX_RATE_TIMES_DECAY, LoraTrainingConfig, thread_count
+from cylora.config import MAX_LEARNING_RATE, LoraTrainingConfig, thread_count
 from cylora.errors import InputError, NonFiniteGradientError, StateError
-from cylora.flat import FlatBuffer, FloatArray, Layout, locate
+from cylora.flat import FlatBuffer, FloatArray, Layout, aligned_zeros, locate
+from cylora.good_state import GoodState
 from cylora.kernels import PreparedAdam, PreparedTensors, clip, isa, norm, step_many, variants
-from cylora.moments import Moments
+from cylora.moments import Moments, checked_sizes
+from cylora.overrides import AdamParams
+from cylora.parts import Part, max_rate, parts_of
 
 __all__ = [
     "MAX_GRADIENT",
@@ -109,16 +112,8 @@ def norm_limit(max_grad_norm: float) -> float:
     return max_grad_norm * MAX_REDUCTION if max_grad_norm <= MAX_GRADIENT else MAX_GRADIENT
 
 
-def _max_rate(config: LoraTrainingConfig) -> float:
-    """Return the largest rate: with decoupled decay, one above 2 / weight_decay would make weights grow by decaying."""
-    if config.weight_decay_mode == "l2" or config.weight_decay * MAX_LEARNING_RATE <= MAX_RATE_TIMES_DECAY:
-        return MAX_LEARNING_RATE
-    return MAX_RATE_TIMES_DECAY / config.weight_decay
-
-
-def check_rate(rate: Any, config: LoraTrainingConfig) -> float:
-    """Return a learning rate as a float; InputError if it is not a number in the range a config allows."""
-    limit = _max_rate(config)
+def check_rate(rate: Any, limit: float) -> float:
+    """Return a learning rate as a float; InputError if it is not a number within `cylora.parts.max_rate`."""
     rule = "a number in [0, 1e6]" if limit == MAX_LEARNING_RATE else f"a number in [0, {limit:g}] (2 / weight_decay)"
     return checks.real("learning rate", rate, rule, lambda x: 0 <= x <= limit, InputError)
 
@@ -126,6 +121,10 @@ def check_rate(rate: Any, config: LoraTrainingConfig) -> float:
 def _nonfinite_message(layout: Layout, index: int, value: float) -> str:
     name, place = locate(layout, index)
     return f"gradient of {name} must be finite, got {value} at [{', '.join(map(str, place))}]"
+
+
+def _total(layout: Layout) -> int:
+    return sum(math.prod(shape) for _, shape in layout)
 
 
 class AdamState(NamedTuple):
@@ -136,9 +135,11 @@ class AdamState(NamedTuple):
     t: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, lists and copies of the arrays."""
+        """Return plain numbers, lists and copies of the arrays; ``sizes`` only if not all is one run with moments."""
         layout = [[name, list(shape)] for name, shape in self.layout]
-        return {"layout": layout, "t": self.t, **self.moments.to_dict()}
+        sizes = self.moments.sizes
+        runs = {} if sizes == (_total(self.layout),) else {"sizes": list(sizes)}
+        return {"layout": layout, "t": self.t, **runs, **self.moments.to_dict()}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Self:
@@ -147,13 +148,16 @@ class AdamState(NamedTuple):
             got = f"the keys {', '.join(map(str, state))}" if isinstance(state, Mapping) else type(state).__name__
             raise StateError(f"adam must be a mapping with the keys layout, t and those of the moments, got {got}")
         rest = dict(state)
-        pairs, t = rest.pop("layout"), rest.pop("t")
+        pairs, t, sizes = rest.pop("layout"), rest.pop("t"), rest.pop("sizes", None)
         try:
             layout = tuple((str(name), tuple(int(size) for size in shape)) for name, shape in pairs)
         except (TypeError, ValueError):
             raise StateError(f"adam layout must be a list of [name, shape], got {pairs!r}") from None
-        size = sum(math.prod(shape) for _, shape in layout)
-        return cls(layout, Moments.from_dict(rest, size), checks.integer("adam t", t, 1, error=StateError))
+        total = _total(layout)
+        runs = (total,) if sizes is None else checked_sizes("adam sizes", sizes)
+        if sum(runs) > total:
+            raise StateError(f"adam sizes must be at most {total} together, the layout's size, got {sizes!r:.80}")
+        return cls(layout, Moments.from_dict(rest, runs), checks.integer("adam t", t, 1, error=StateError))
 
 
 class Adam(PreparedAdam):
@@ -228,11 +232,25 @@ class Adam(PreparedAdam):
             raise InputError("parameters must not be empty, got 0 elements")
         self._prepare(flat, config)
 
-    def _prepare(self, flat: FlatBuffer, config: LoraTrainingConfig, state: AdamState | None = None) -> None:
+    def _prepare(
+        self,
+        flat: FlatBuffer,
+        config: LoraTrainingConfig,
+        state: AdamState | None = None,
+        ema: FloatArray | None = None,
+    ) -> None:
         self._flat, self._config = flat, config
+        self._parts = parts_of(flat.layout, config)
+        self._max_rate = max_rate(config, self._parts)
+        if ema is None and config.ema_decay is not None:
+            ema = aligned_zeros(flat.vector.size, np.float32, phase=0)
+            ema[...] = flat.vector
+        self.ema = ema
+        self.good: GoodState | None = None
         if state is not None and state.moments.dtype != config.state_dtype:
             raise StateError(f"adam dtype must be {config.state_dtype!r}, as configured, got {state.moments.dtype!r}")
-        self._moments = Moments(flat.vector.size, config.state_dtype) if state is None else state.moments
+        sizes = (flat.vector.size,) if self._parts is None else [part.size for part in self._parts]
+        self._moments = Moments(sizes, config.state_dtype) if state is None else state.moments
         shapes = [shape for _, shape in flat.layout]
         is_pair = len(shapes) == 2 and all(len(shape) == 2 for shape in shapes)
         (rows_a, columns_a), (rows_b, columns_b) = shapes if is_pair else ((-1, -1), (-1, -1))
@@ -246,12 +264,15 @@ class Adam(PreparedAdam):
             l2=config.weight_decay_mode == "l2",
             max_grad_norm=config.max_grad_norm,
             norm_limit=norm_limit(config.max_grad_norm),
-            max_rate=_max_rate(config),
+            max_rate=self._max_rate,
             t=0 if state is None else state.t,
             threads=thread_count(config.threads),
             skips=config.nonfinite == "skip",
             shape_a=(rows_a, columns_a),
             shape_b=(rows_b, columns_b),
+            parts=None if self._parts is None else [part[:4] for part in self._parts],
+            average=self.ema,
+            average_weight=0.0 if config.ema_decay is None else 1.0 - config.ema_decay,
         )
 
     @property
@@ -263,11 +284,26 @@ class Adam(PreparedAdam):
         return self._moments.v
 
     @classmethod
-    def for_training(cls, flat: FlatBuffer, config: LoraTrainingConfig, state: AdamState | None = None) -> Self:
-        """Return a trainer's optimizer, which may continue from ``state``, whose moments it then updates."""
+    def for_training(
+        cls,
+        flat: FlatBuffer,
+        config: LoraTrainingConfig,
+        state: AdamState | None = None,
+        ema: FloatArray | None = None,
+    ) -> Self:
+        """Return a trainer's optimizer, which may continue from ``state`` and ``ema`` and then updates these arrays."""
         adam = cls.__new__(cls)
-        adam._prepare(flat, config, state)
+        adam._prepare(flat, config, state, ema)
         return adam
+
+    def keep_good(self, good: GoodState | None, every: int) -> None:
+        """Keep a copy of everything after every so many applied steps, from ``good`` on or from now."""
+        parameters, moments, t = self._flat.vector, self._moments, self.t
+        kept = GoodState.of(parameters, moments, self.ema, t) if good is None else good
+        live = GoodState(parameters, moments, self.ema, t)
+        of_live, of_kept = ([array.view(np.uint8) for array in one.arrays().values()] for one in (live, kept))
+        self.keep_state(of_live, of_kept, kept.steps, every)
+        self.good = kept
 
     def step(self, gradient: Any, learning_rate: float | None = None) -> float:
         """Do one step and return the gradient's norm before clipping.
@@ -284,7 +320,7 @@ class Adam(PreparedAdam):
         NonFiniteGradientError, InputError, TrainerBusyError
             Nothing was written.
         """
-        rate = self._config.learning_rate if learning_rate is None else check_rate(learning_rate, self._config)
+        rate = self._config.learning_rate if learning_rate is None else check_rate(learning_rate, self._max_rate)
         return self.apply(getattr(gradient, "vector", gradient), rate)
 
     # What the kernel asks when something is out of the ordinary.
@@ -295,7 +331,28 @@ class Adam(PreparedAdam):
 
     def to_rate(self, rate: Any) -> float:
         """Return what the schedule gave as a float."""
-        return check_rate(rate, self._config)
+        return check_rate(rate, self._max_rate)
+
+    def too_fast(self, rate: float, limit: float) -> InputError:
+        """Return the error for a schedule's rate that an overridden weight decay forbids."""
+        return InputError(f"learning rate must be at most {limit:g} with this step's weight_decay, got {rate:g}")
+
+    def overridden(self, overrides: AdamParams) -> tuple[Any, ...]:
+        """Return what the kernel needs for a step with these overrides."""
+        if not isinstance(overrides, AdamParams):
+            raise InputError(f"overrides must be AdamParams, got {type(overrides).__name__}")
+        config, decays, limit = self._config, None, self._max_rate
+        if overrides.weight_decay is not None:
+            parts = self._parts or [Part(0, self._flat.vector.size, 1.0, 0.0, False)]
+            parts = [p if p.has_own_decay else p._replace(weight_decay=overrides.weight_decay) for p in parts]
+            decays, limit = [part.weight_decay for part in parts], max_rate(config, parts)
+        rate = -1.0 if overrides.learning_rate is None else check_rate(overrides.learning_rate, limit)
+        clip = overrides.grad_clip_norm
+        max_norm = config.max_grad_norm if clip is None else clip or math.inf
+        given = overrides.beta1, overrides.beta2, overrides.eps
+        own = config.beta1, config.beta2, config.eps
+        adam = [mine if other is None else other for mine, other in zip(own, given, strict=True)]
+        return (rate, *adam, decays, max_norm, norm_limit(max_norm), limit)
 
     def state(self) -> AdamState:
         """Return what this optimizer would continue from: views of the live moments."""

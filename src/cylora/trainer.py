@@ -1,33 +1,32 @@
 """LoraTrainer: one call for each step, which happens wholly or not at all."""
 
-import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, NoReturn, TypeVar
 
 from cylora import checks, schedule
 from cylora.accumulation import MAX_WEIGHT, MIN_WEIGHT, Accumulation
 from cylora.adapter import AdapterSet, Gradients, LoraAdapter
 from cylora.config import LoraTrainingConfig
+from cylora.early_stopping import EarlyStopping
 from cylora.errors import ConfigError, InputError, StateError, TrainerBusyError
+from cylora.flat import FloatArray
 from cylora.history import TrainingHistory, TrainingStep
-from cylora.optimizer import Adam, AdamState, check_rate
+from cylora.optimizer import Adam, check_rate
+from cylora.overrides import AdamParams
+from cylora.parts import max_rate
+from cylora.reporting import reporter
+from cylora.state import TrainerState, check_config, check_layout, state_from_dict, state_to_dict
+from cylora.watch import Watch
 
-__all__ = ["LoraTrainer", "TrainerState"]
+__all__ = ["LoraTrainer"]
 
-STATE_VERSION = 1
+UNBOUND = "the adapter, since nothing has bound this trainer to one yet"
 NO_MICRO_BATCH = "at least one accumulated micro-batch, got none"
 _Result = TypeVar("_Result")
-logger = logging.getLogger("cylora")
-
-
-class TrainerState(NamedTuple):
-    """The parts a trainer continues from, themselves and no copies: for those who write and read files."""
-
-    adam: AdamState | None
-    history: TrainingHistory
-    accumulation: Accumulation
 
 
 class LoraTrainer:
@@ -60,20 +59,19 @@ class LoraTrainer:
             raise ConfigError(f"on_step must be callable or None, got {type(on_step).__name__}")
         self.config = LoraTrainingConfig() if config is None else config
         self._rate = schedule.from_config(self.config)
-        self._report = _reporter(on_step)
+        self._report = reporter(on_step)
         self._history = TrainingHistory(self.config.history_limit)
+        self._watch = Watch.for_training(self.config, self._history)
         self._adapters: LoraAdapter | AdapterSet | None = None
         self._adam: Adam | None = None
-        self._restored: AdamState | None = None  # loaded before the first step, until then
+        self._restored: TrainerState | None = None  # loaded before the first step, until then
         self._bound_at: tuple[int, int] | None = None  # steps and micro-batches there were when the adapters came
         self._accumulation = Accumulation()
         self._lock, self._lock_process = threading.RLock(), os.getpid()
 
     # ------------------------------------------------------------------ stepping
 
-    def step(
-        self, loss: float, adapter: LoraAdapter | AdapterSet, grad_a: Any, grad_b: Any = None
-    ) -> TrainingStep:
+    def step(self, loss: float, adapter: LoraAdapter | AdapterSet, grad_a: Any, grad_b: Any = None) -> TrainingStep:
         """Do one step and return its record.
 
         Parameters
@@ -92,6 +90,8 @@ class LoraTrainer:
         ------
         NonFiniteGradientError
             If a gradient is not finite and ``config.nonfinite`` is "raise". The message names matrix and element.
+        DivergenceError
+            If loss or norm are far above what they were lately and ``config.divergence`` is "raise".
         InputError, StateError, TrainerBusyError
             If an argument is wrong, the adapter is not the trainer's, or a step is under way.
         """
@@ -101,6 +101,18 @@ class LoraTrainer:
         if grad_b is None:
             grad_a = self._vector_of(grad_a)
         record: TrainingStep = adam.run_step(loss, grad_a, grad_b)
+        return record
+
+    def step_with(
+        self, overrides: AdamParams, loss: float, adapter: LoraAdapter | AdapterSet, grad_a: Any, grad_b: Any = None
+    ) -> TrainingStep:
+        """Do what `step` does with other constants, for this step alone. Other arguments and errors as there.
+
+        A verb of its own: one more argument of `step` would take a fiftieth of a small step from everybody.
+        """
+        adam = self._ready(adapter)
+        gradient = self._vector_of(grad_a) if grad_b is None else grad_a
+        record: TrainingStep = adam.run_overridden(loss, gradient, grad_b, False, adam.overridden(overrides))
         return record
 
     def prepared_step(
@@ -137,18 +149,39 @@ class LoraTrainer:
             grad_a = self._vector_of(grad_a)
         adam.accumulate(buffer, loss, grad_a, grad_b, weight)
 
-    def step_accumulated(self, adapter: LoraAdapter | AdapterSet | None = None) -> TrainingStep:
+    def step_accumulated(
+        self, adapter: LoraAdapter | AdapterSet | None = None, overrides: AdamParams | None = None
+    ) -> TrainingStep:
         """Do one step with the weighted mean of the micro-batches since the last one, and return its record.
 
         ``adapter`` is needed only where the micro-batches came with a loaded state and this trainer has no adapter yet.
+        ``overrides``: other constants for this step alone.
         """
         adapter = self._adapters if adapter is None else adapter
         if adapter is None:
-            needed = "the adapter, since nothing has bound this trainer to one yet"
-            raise StateError(f"step_accumulated needs {needed if self.accumulated else NO_MICRO_BATCH}")
+            raise StateError(f"step_accumulated needs {UNBOUND if self.accumulated else NO_MICRO_BATCH}")
         adam = self._ready(adapter)
-        record: TrainingStep = adam.run_step(None, self._accumulation.gradient, None, True)
+        gradient = self._accumulation.gradient
+        record: TrainingStep
+        if overrides is None:
+            record = adam.run_step(None, gradient, None, True)
+        else:
+            record = adam.run_overridden(None, gradient, None, True, adam.overridden(overrides))
         return record
+
+    def optim_step(self, params: AdamParams | None = None, **constants: float | None) -> TrainingStep:
+        """Do what `step_accumulated` does, under the Tinker API's name and with its arguments.
+
+        ``optim_step(learning_rate=1e-4)`` is ``optim_step(AdamParams(learning_rate=1e-4))``; other constants are beta1,
+        beta2, eps, weight_decay and grad_clip_norm. What is not given is the trainer's own, its schedule's rate too.
+        """
+        if constants and params is not None:
+            raise InputError(f"params or constants must be given, not both, got {', '.join(constants)} too")
+        known = [field.name for field in fields(AdamParams)]
+        for name in constants:
+            if name not in known:
+                raise InputError(f"optim_step takes {', '.join(known)}, got {name!r}")
+        return self.step_accumulated(overrides=AdamParams(**constants) if constants else params)
 
     def discard_accumulated(self) -> None:
         """Forget the accumulated micro-batches."""
@@ -158,6 +191,48 @@ class LoraTrainer:
     def accumulated(self) -> int:
         """Micro-batches waiting for `step_accumulated`."""
         return self._accumulation.count
+
+    # ------------------------------------------------------------------ the average of the weights
+
+    def ema_adapters(self, adapter: LoraAdapter | AdapterSet | None = None) -> LoraAdapter | AdapterSet:
+        """Return new adapters that hold the average of the weights, to be served or saved.
+
+        ``adapter`` is needed only where this trainer has none yet, as after `load_checkpoint`.
+        """
+        bound, adam, average = self._averaging("ema_adapters", adapter)
+        copied: LoraAdapter | AdapterSet = adam.exclusively(lambda: bound.with_parameters(average))
+        return copied
+
+    @contextmanager
+    def ema_weights(self, adapter: LoraAdapter | AdapterSet | None = None) -> Iterator[None]:
+        """Let the adapters hold the average of the weights inside a ``with``, to evaluate them; no step begins there.
+
+        ``adapter`` as for `ema_adapters`. Afterwards they hold their own weights again, to the bit, and whatever was
+        written to them meanwhile is lost.
+        """
+        bound, adam, average = self._averaging("ema_weights", adapter)
+        vector = bound.flat.vector
+        adam.occupy()
+        try:
+            own = vector.copy()
+            try:
+                vector[...] = average
+                yield
+            finally:
+                vector[...] = own
+        finally:
+            adam.release()
+
+    def _averaging(
+        self, what: str, adapter: LoraAdapter | AdapterSet | None
+    ) -> tuple[LoraAdapter | AdapterSet, Adam, FloatArray]:
+        adapter = self._adapters if adapter is None else adapter
+        if adapter is None:
+            raise StateError(f"{what} needs {UNBOUND}")
+        adam = self._ready(adapter)
+        if adam.ema is None:
+            raise StateError(f"{what} needs ema_decay in the config, got None")
+        return adapter, adam, adam.ema
 
     # ------------------------------------------------------------------ binding
 
@@ -179,18 +254,14 @@ class LoraTrainer:
 
     def _bind(self, adapter: LoraAdapter | AdapterSet) -> None:
         self._check_fit(adapter)
-        adam = self._optimizer(adapter, self._history, self._accumulation, self._state().adam)
+        adam = self._optimizer(adapter, self._state(), self._watch)
         replaced, progress = self._adam, self._progress()
         self._adam, self._adapters, self._restored, self._bound_at = adam, adapter, None, progress
         if replaced is not None:
             replaced.retire()
 
     def _check_fit(self, adapter: LoraAdapter | AdapterSet) -> None:
-        state, gradient = self._state().adam, self._accumulation.gradient
-        if state is not None and state.layout != adapter.flat.layout:
-            raise StateError(f"adapter must have the layout of the loaded state, {state.layout}, got {adapter!r}")
-        if self.accumulated and gradient is not None and gradient.size != adapter.flat.vector.size:
-            raise StateError(f"adapter must have the {gradient.size} parameters of the loaded state, got {adapter!r}")
+        check_layout(self._state(), adapter.flat.layout, self.config, f"{adapter!r}")
 
     @property
     def _binding(self) -> Any:
@@ -206,17 +277,15 @@ class LoraTrainer:
     def _progress(self) -> tuple[int, int]:
         return self.total_steps(), self.accumulated
 
-    def _optimizer(
-        self,
-        adapter: LoraAdapter | AdapterSet,
-        history: TrainingHistory,
-        accumulation: Accumulation,
-        state: AdamState | None,
-    ) -> Adam:
-        adam = Adam.for_training(adapter.flat, self.config, state)
-        adam.attach(self._rate, schedule.steady_from(self.config), TrainingStep, history)
-        adam.attach_pending(*accumulation.buffers())
+    def _optimizer(self, adapter: LoraAdapter | AdapterSet, state: TrainerState, watch: Watch | None) -> Adam:
+        adam = Adam.for_training(adapter.flat, self.config, state.adam, state.ema)
+        adam.attach(self._rate, schedule.steady_from(self.config), TrainingStep, state.history)
+        adam.attach_pending(*state.accumulation.buffers())
         adam.attach_report(self._report, self.config.log_every)
+        if watch is not None:
+            adam.attach_guard(watch.norm_limit, watch.refusal, self.config.divergence in ("skip", "rollback"))
+        if self.config.divergence == "rollback":
+            adam.keep_good(state.good, self.config.rollback_every)
         return adam
 
     def _vector_of(self, gradients: Any) -> Any:
@@ -243,19 +312,26 @@ class LoraTrainer:
 
     def current_lr(self) -> float:
         """Return the rate the next step will use."""
-        return check_rate(self._rate(self.total_steps()), self.config)
+        return check_rate(self._rate(self.total_steps()), max_rate(self.config, None))
 
     def total_steps(self) -> int:
         """Return the number of steps done, skipped ones included."""
         return self._history.total_steps
 
     def skipped_steps(self) -> int:
-        """Return the number of steps that changed nothing because their gradient was not finite."""
+        """Return the number of steps that changed nothing: their gradient was not finite, or far above the usual."""
         return self._history.skipped_steps()
 
     def is_complete(self) -> bool:
-        """Return whether ``config.max_steps`` steps are done. More are allowed."""
-        return self.total_steps() >= self.config.max_steps
+        """Return whether ``config.max_steps`` steps are done, or the loss has run out of patience. More are allowed."""
+        if self.total_steps() >= self.config.max_steps:
+            return True
+        stopping = None if self._watch is None else self._watch.stopping()
+        return stopping is not None and stopping.is_over
+
+    def early_stopping(self) -> EarlyStopping | None:
+        """Return best loss, its step and whether it is time to stop, as of now; None without a patience."""
+        return None if self._watch is None else self._watch.stopping()
 
     def average_loss(self) -> float:
         """Return the mean of all losses; 0.0 with none."""
@@ -277,12 +353,13 @@ class LoraTrainer:
         Loaded into a trainer of the same config, with the same parameters, it continues to the same bits. ``adam`` is
         None while no step has been applied, ``accumulated`` while no micro-batch is pending.
         """
-        return self._while_idle(lambda: _to_dict(self._state()))
+        return self._while_idle(lambda: state_to_dict(self._state()))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned. On an error nothing has changed."""
         self._refuse_in_callback()
-        self._while_idle(lambda: self._take_over(self._from_dict(state)))
+        size = None if self._adapters is None else self._adapters.flat.vector.size
+        self._while_idle(lambda: self._take_over(state_from_dict(state, size)))
 
     def hold(self, adapters: LoraAdapter | AdapterSet, function: Callable[[TrainerState], _Result]) -> _Result:
         """Return ``function(live state)``, called while no step is under way; none begins meanwhile.
@@ -310,69 +387,29 @@ class LoraTrainer:
             raise TrainerBusyError("this trainer is busy: on_step may read it, but not change it")
 
     def _state(self) -> TrainerState:
-        state = self._restored if self._adam is None else self._adam.state()
-        return TrainerState(None if state is None or state.t == 0 else state, self._history, self._accumulation)
-
-    def _from_dict(self, state: Mapping[str, Any]) -> TrainerState:
-        keys = ("version", "adam", "history", "accumulated")
-        version, adam_dict, history_dict, accumulated = checks.items("state", state, keys, StateError)
-        if version != STATE_VERSION:
-            raise StateError(f"state version must be {STATE_VERSION}, got {version!r}")
-        history = TrainingHistory.from_state_dict(history_dict)
-        restored = None if adam_dict is None else AdamState.from_dict(adam_dict)
-        size = None if restored is None else restored.moments.size
-        if self._adapters is not None:
-            size = self._adapters.flat.vector.size
-        return TrainerState(restored, history, Accumulation.from_state_dict(accumulated, size))
+        watch = None if self._watch is None else self._watch.state()
+        state = TrainerState(None, self._history, self._accumulation, watch=watch)
+        if self._adam is not None and self._adam.t:  # else it is as the adapters make it
+            adam = self._adam
+            return state._replace(adam=adam.state(), ema=adam.ema, good=adam.good)
+        if self._adam is None and self._restored is not None:
+            restored = self._restored
+            return state._replace(adam=restored.adam, ema=restored.ema, good=restored.good)
+        return state
 
     def _take_over(self, state: TrainerState) -> None:
-        restored, history, accumulation = state
-        gradient = accumulation.gradient
-        if self._adapters is not None and accumulation.count and gradient is not None:
-            checks.array("accumulated gradient", gradient, "float32", self._adapters.flat.vector.shape, StateError)
-        if history.limit != self.config.history_limit:
-            raise StateError(f"history limit must be {self.config.history_limit}, as configured, got {history.limit}")
-        if restored is not None and restored.t > history.total_steps:
-            raise StateError(f"adam t must be at most the {history.total_steps} steps of the history, got {restored.t}")
-        if restored is not None and restored.moments.dtype != self.config.state_dtype:
-            got = restored.moments.dtype
-            raise StateError(f"adam dtype must be {self.config.state_dtype!r}, as configured, got {got!r}")
-        if restored is not None and self._adapters is not None and restored.layout != self._adapters.flat.layout:
-            raise StateError(f"adam layout must be that of {self._adapters!r}, got {restored.layout}")
-        adam = None
+        check_config(state, self.config)
         if self._adapters is not None:
-            adam = self._optimizer(self._adapters, history, accumulation, restored)
-            restored = None
-        replaced, self._bound_at = self._adam, None
+            check_layout(state, self._adapters.flat.layout, self.config, f"{self._adapters!r}")
+        watch = Watch.for_training(self.config, state.history, state.watch)
+        adam = None if self._adapters is None else self._optimizer(self._adapters, state, watch)
+        restored, replaced, self._bound_at = state if adam is None else None, self._adam, None
+        history, accumulation = state.history, state.accumulation
         # Nothing can interrupt from here on: CPython lets signals and threads in at calls and backward jumps only.
-        self._history, self._accumulation, self._adam, self._restored = history, accumulation, adam, restored
+        self._history, self._accumulation, self._watch = history, accumulation, watch
+        self._adam, self._restored = adam, restored
         if replaced is not None:
             replaced.retire()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a LoraTrainer is not copied or pickled: load its state_dict() into a new one")
-
-
-def _to_dict(state: TrainerState) -> dict[str, Any]:
-    return {
-        "version": STATE_VERSION,
-        "adam": None if state.adam is None else state.adam.to_dict(),
-        "history": state.history.state_dict(),
-        "accumulated": state.accumulation.state_dict(),
-    }
-
-
-def _reporter(on_step: Callable[[TrainingStep], object] | None) -> Callable[[TrainingStep], None]:
-    """Return the function that reports a step. It knows no trainer: a cycle would free that one's memory late."""
-
-    def report(record: TrainingStep) -> None:
-        if logger.isEnabledFor(logging.INFO):  # asked first: taking the record apart costs more than a small step
-            logger.info(
-                "step %d: loss %.6g, learning rate %.3g, gradient norm %.4g%s",
-                *record[:4],
-                ", skipped" if record.skipped else "",
-            )
-        if on_step is not None:
-            on_step(record)
-
-    return report

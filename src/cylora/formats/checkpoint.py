@@ -1,7 +1,8 @@
 """Checkpoints: everything that training needs to go on to the same bits, in one safetensors file.
 
-(a) The file holds the parameters, both moments as they are stored, a pending accumulation, the history, and as the last
-    tensor the sha256 of every byte before it. What is no array is JSON in the header's metadata (`checkpoint_facts`).
+(a) The file holds the parameters, both moments as they are stored, a pending accumulation, the history, what options
+    need besides (an average, a guard's last values, a state to go back to), and as the last tensor the sha256 of every
+    byte before it. What is no array is JSON in the header's metadata (`checkpoint_facts`).
 (b) Nothing is copied to be saved: the arrays' own memory is hashed and written while no step can begin. Loading reads
     straight into the arrays that the new trainer will use.
 (c) Everything is checked before a trainer comes into being: there is no half-loaded one.
@@ -20,16 +21,19 @@ from cylora.accumulation import Accumulation
 from cylora.adapter import AdapterSet, LoraAdapter
 from cylora.config import LoraTrainingConfig
 from cylora.errors import ConfigError, CyloraError, FormatError, InputError
-from cylora.flat import FloatArray
+from cylora.flat import FloatArray, aligned_zeros
 from cylora.formats import generators
-from cylora.formats.checkpoint_facts import DIGEST, Facts, check_readable, describe, read_facts
+from cylora.formats.checkpoint_facts import DIGEST, Facts, check_readable, describe, read_facts, training_config
 from cylora.formats.container import DTYPES, NAMES, TensorFile, content
 from cylora.formats.durable import replace_file
 from cylora.formats.weights import check_finite
+from cylora.good_state import GoodState
 from cylora.history import STORED, TrainingHistory, TrainingStep
 from cylora.moments import Moments
 from cylora.optimizer import AdamState
-from cylora.trainer import LoraTrainer, TrainerState
+from cylora.state import TrainerState, check_layout
+from cylora.trainer import LoraTrainer
+from cylora.watch import WatchState
 
 __all__ = ["Checkpoint", "SavedState", "load_checkpoint", "read_checkpoint", "save_checkpoint"]
 
@@ -151,11 +155,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> SavedState:
         _check_forms(file, _forms(facts))
         adapters = _adapters(facts)  # takes no more memory than the file has, whose tensors have these sizes
         vector = adapters.flat.vector
-        moments = None if facts.state_dtype is None else Moments(vector.size, facts.state_dtype)
+        moments = None if facts.state_dtype is None else Moments(facts.trained, facts.state_dtype)
         accumulation = Accumulation()
         arrays: Arrays = {"parameters": vector}
         if moments is not None:
             arrays |= {f"adam.{name}": array for name, array in moments.arrays().items()}
+        if facts.has_ema:
+            arrays["ema"] = aligned_zeros(vector.size, np.float32, phase=0)
+        good = _good(facts, vector.size)
+        if good is not None:
+            arrays |= {f"good.{name}": array for name, array in good.arrays().items()}
         if facts.accumulated:
             arrays["accumulated.gradient"] = accumulation.buffer(vector.size)
         _read(file, arrays)
@@ -166,11 +175,35 @@ def read_checkpoint(path: str | os.PathLike[str]) -> SavedState:
         if moments is not None:
             moments.check()
         adam = None if moments is None else AdamState(adapters.flat.layout, moments, facts.adam_steps)
-        state = TrainerState(adam, _history(facts, arrays), accumulation)
+        for name in ("ema", "good.parameters", "good.ema"):
+            if name in arrays:
+                checks.array(name, arrays[name], np.float32, (vector.size,), FormatError, finite=True)
+        if good is not None:
+            good.moments.check()
+        state = TrainerState(
+            adam, _history(facts, arrays), accumulation, arrays.get("ema"), _watch(facts, arrays), good
+        )
+        check_layout(state, adapters.flat.layout, training_config(facts.training), f"{adapters!r}")
         rng = None if facts.rng is None else generators.from_dict(facts.rng)
     except CyloraError as error:
         raise FormatError(f"{file.path}: {error}") from error
     return SavedState(facts, adapters, state, rng)
+
+
+def _good(facts: Facts, size: int) -> GoodState | None:
+    """Return a state to go back to, all zero, or None."""
+    if facts.good_steps is None:
+        return None
+    ema = aligned_zeros(size, np.float32, phase=0) if facts.has_ema else None
+    moments = Moments(facts.trained, facts.training["state_dtype"])
+    return GoodState(aligned_zeros(size, np.float32, phase=1), moments, ema, facts.good_steps)
+
+
+def _watch(facts: Facts, arrays: Arrays) -> WatchState | None:
+    if not facts.has_watch:
+        return None
+    state = {"losses": arrays["watch.losses"], "norms": arrays["watch.norms"], "stopping": facts.stopping}
+    return WatchState.from_dict(state)
 
 
 def _adapters(facts: Facts) -> LoraAdapter | AdapterSet:
@@ -195,6 +228,12 @@ def _saved_arrays(vector: FloatArray, state: TrainerState) -> Arrays:
     if state.accumulation.count and state.accumulation.gradient is not None:
         arrays["accumulated.gradient"] = state.accumulation.gradient
         arrays["accumulated.sums"] = state.accumulation.buffers()[0]
+    if state.ema is not None:
+        arrays["ema"] = state.ema
+    if state.good is not None:
+        arrays |= {f"good.{name}": array for name, array in state.good.arrays().items()}
+    if state.watch is not None:
+        arrays |= {"watch.losses": state.watch.losses, "watch.norms": state.watch.norms}
     arrays["history.sums"] = np.array([history["loss_sum"], history["first_loss"]])
     return arrays | {f"history.{name}": history[name] for name in STORED}
 
@@ -203,7 +242,16 @@ def _forms(facts: Facts) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return dtype and shape of every tensor that a file with these facts has."""
     forms: dict[str, tuple[Any, tuple[int, ...]]] = {"parameters": (np.float32, (facts.size,))}
     if facts.state_dtype is not None:
-        forms |= {f"adam.{name}": form for name, form in Moments.forms(facts.size, facts.state_dtype).items()}
+        forms |= {f"adam.{name}": form for name, form in Moments.forms(facts.trained, facts.state_dtype).items()}
+    if facts.has_ema:
+        forms["ema"] = (np.float32, (facts.size,))
+    if facts.good_steps is not None:
+        kept = Moments.forms(facts.trained, facts.training["state_dtype"])
+        forms |= {f"good.{name}": form for name, form in kept.items()}
+        for name in ("parameters", "ema") if facts.has_ema else ("parameters",):
+            forms[f"good.{name}"] = (np.float32, (facts.size,))
+    if facts.has_watch:
+        forms |= {f"watch.{name}": (np.float64, (facts.watched,)) for name in ("losses", "norms")}
     if facts.accumulated:
         forms |= {"accumulated.gradient": (np.float32, (facts.size,)), "accumulated.sums": (np.float64, (2,))}
     forms["history.sums"] = (np.float64, (2,))

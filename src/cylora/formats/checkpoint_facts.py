@@ -7,16 +7,32 @@ from typing import Any, NamedTuple
 
 from cylora import __version__, checks
 from cylora.adapter import AdapterSet, LoraAdapter
-from cylora.config import STATE_DTYPES, LoraConfig, LoraTrainingConfig
+from cylora.config import MAX_WINDOW, STATE_DTYPES, LoraConfig, LoraTrainingConfig
 from cylora.errors import CyloraError, FormatError, InputError
+from cylora.flat import Layout
 from cylora.formats import strict_json
 from cylora.formats.container import TensorFile
 from cylora.formats.weights import check_count, most_adapters
-from cylora.trainer import TrainerState
+from cylora.parts import trained_sizes
+from cylora.state import TrainerState
 
-__all__ = ["DIGEST", "Facts", "Member", "check_readable", "describe", "read_facts"]
+__all__ = ["DIGEST", "Facts", "Member", "check_readable", "describe", "read_facts", "training_config"]
 
-SCHEMA = 1
+SCHEMA = 2
+FIRST_FACTS = (
+    "schema", "version", "generation", "is_set", "adapters", "lora_configs", "training", "adam", "history",
+    "accumulated",
+)  # fmt: skip
+# What schema 1 did not have: facts, and fields of the configs. Their defaults mean what it did.
+LATER_FACTS = ("ema", "watch", "good")
+LATER_FIELDS: dict[type, tuple[str, ...]] = {
+    LoraConfig: ("rank_pattern", "alpha_pattern"),
+    LoraTrainingConfig: (
+        "lora_plus_ratio", "train_a", "rate_pattern", "weight_decay_pattern", "ema_decay", "divergence",
+        "divergence_factor", "divergence_window", "rollback_every", "early_stopping_patience",
+        "early_stopping_min_delta",
+    ),
+}  # fmt: skip
 DIGEST = "sha256"  # the last tensor
 FACTS, ORIGIN, EXTRA, RNG = "cylora.checkpoint", "cylora.origin", "cylora.extra", "cylora.rng"
 LONE = "adapter"  # how a lone LoraAdapter is listed
@@ -36,6 +52,10 @@ class Facts(NamedTuple):
     state_dtype, adam_steps : None and 0 before the first step that was applied.
     history_limit, total_steps, skipped_steps : of the history.
     accumulated : micro-batches pending.
+    trained : sizes of the runs of parameters that have moments.
+    has_ema, good_steps : whether there is an average; steps applied in the state to go back to, None without one.
+    watched, stopping : how many losses and norms a guard has kept; early stopping's numbers, or None.
+    has_watch : whether there are such.
     origin, extra, rng : as `save_checkpoint` got them; ``rng`` encoded, or None.
     """
 
@@ -50,6 +70,12 @@ class Facts(NamedTuple):
     total_steps: int
     skipped_steps: int
     accumulated: int
+    trained: tuple[int, ...]
+    has_ema: bool
+    good_steps: int | None
+    has_watch: bool
+    watched: int
+    stopping: dict[str, Any] | None
     origin: dict[str, Any]
     extra: dict[str, Any]
     rng: dict[str, Any] | None
@@ -100,8 +126,12 @@ def describe(
             "skipped_steps": state.history.skipped_steps(),
         },
         "accumulated": state.accumulation.count,
+        "ema": state.ema is not None,
+        "watch": None if state.watch is None else {"kept": state.watch.losses.size, "stopping": state.watch.stopping},
+        "good": None if state.good is None else {"t": state.good.t},
     }
-    texts = {FACTS: strict_json.to_text(facts), EXTRA: _readable("extra", {} if extra is None else extra)}
+    texts = {FACTS: strict_json.to_text(facts, is_sorted=False)}  # the order of a pattern's keys counts
+    texts[EXTRA] = _readable("extra", {} if extra is None else extra)
     if isinstance(adapters, AdapterSet) and adapters.origin:
         texts[ORIGIN] = _readable("adapters.origin", adapters.origin)
     if rng is not None:
@@ -129,6 +159,21 @@ def check_readable(metadata: Mapping[str, str], count: int, size: int) -> None:
         raise InputError(f"adapters must be at most {most} in a checkpoint of {size} bytes, got {count}")
 
 
+def _layout(members: Mapping[str, Member], is_set: bool) -> Layout:
+    """Return the layout of adapters that are not there yet."""
+    layout: list[tuple[str, tuple[int, ...]]] = []
+    for name, (d_in, d_out, config) in members.items():
+        prefix = f"{name}." if is_set else ""
+        layout += [(f"{prefix}A", (config.rank, d_in)), (f"{prefix}B", (d_out, config.rank))]
+    return tuple(layout)
+
+
+def training_config(settings: Mapping[str, Any]) -> LoraTrainingConfig:
+    """Return the config that settings make where a schedule that was a function is a constant."""
+    named = {"schedule": "constant"} if settings["schedule"] is None else {}
+    return LoraTrainingConfig.from_dict(dict(settings) | named)
+
+
 def read_facts(file: TensorFile) -> Facts:
     """Return what the metadata of ``file`` says; FormatError, naming the file, if it breaks a rule."""
     try:
@@ -144,6 +189,7 @@ class _Reader:
 
     def __init__(self, file: TensorFile) -> None:
         self._file = file
+        self._is_first = False  # schema 1
 
     def facts(self) -> Facts:
         texts = self._file.metadata
@@ -153,12 +199,13 @@ class _Reader:
             raise self._error("the metadata must have no other keys than a checkpoint's", repr(min(unknown))[:80])
         document = self._parsed(FACTS)
         schema = document.get("schema")
-        if schema != SCHEMA or type(schema) is not int:
-            raise self._error(f"schema must be {SCHEMA}, the one this version reads", repr(schema)[:80])
-        keys = ("schema", "version", "generation", "is_set", "adapters", "lora_configs", "training", "adam", "history")
-        _, version, generation, is_set, adapters, loras, training, adam, history, accumulated = self._items(
-            "facts", document, (*keys, "accumulated")
-        )
+        if schema not in (1, SCHEMA) or type(schema) is not int:
+            raise self._error(f"schema must be 1 or {SCHEMA}, those this version reads", repr(schema)[:80])
+        self._is_first = schema == 1
+        later = () if self._is_first else LATER_FACTS
+        values = self._items("facts", document, (*FIRST_FACTS, *later))
+        _, version, generation, is_set, adapters, loras, training, adam, history, accumulated, *options = values
+        ema, watch, good = options or (False, None, None)
         if not isinstance(version, str):
             raise self._error("version must be text", repr(version)[:80])
         if not isinstance(is_set, bool):
@@ -172,11 +219,19 @@ class _Reader:
         for key, saved in (("history_limit", limit), ("state_dtype", dtype)):
             if settings[key] != saved and (key != "state_dtype" or adam is not None):
                 raise self._error(f"{key} must be {saved!r} in training too", repr(settings[key])[:80])
+        if not isinstance(ema, bool):
+            raise self._error("ema must be true or false", repr(ema)[:80])
+        watched, stopping = (0, None) if watch is None else self._items("watch", watch, ("kept", "stopping"))
+        (good_steps,) = (None,) if good is None else self._items("good", good, ("t",))
+        for key, is_there in (("ema_decay", ema), ("divergence", good is not None)):
+            if is_there and settings[key] in (None, "ignore"):
+                raise self._error(f"{key} must be set in training with what is kept for it", repr(settings[key])[:80])
+        members = self._members(adapters, loras, is_set)
         return Facts(
             version=version,
             generation=self._integer("generation", generation, 0),
             is_set=is_set,
-            members=self._members(adapters, loras, is_set),
+            members=members,
             training=settings,
             state_dtype=dtype,
             adam_steps=0 if adam is None else self._integer("adam t", t, 1, total),
@@ -184,6 +239,12 @@ class _Reader:
             total_steps=total,
             skipped_steps=self._integer("history skipped_steps", skipped, 0, total),
             accumulated=self._integer("accumulated", accumulated, 0),
+            trained=trained_sizes(_layout(members, is_set), training_config(settings)),
+            has_ema=ema,
+            good_steps=None if good is None else self._integer("good t", good_steps, 0, total),
+            has_watch=watch is not None,
+            watched=self._integer("watch kept", watched, 0, MAX_WINDOW),
+            stopping=stopping,
             origin=self._parsed(ORIGIN) if ORIGIN in texts else {},
             extra=self._parsed(EXTRA) if EXTRA in texts else {},
             rng=self._parsed(RNG) if RNG in texts else None,
@@ -195,6 +256,8 @@ class _Reader:
         for one in loras:
             self._complete("one of lora_configs", one, LoraConfig)
         configs = [LoraConfig.from_dict(one) for one in loras]
+        for config in configs:
+            config.require_one_shape()
         if not isinstance(adapters, list) or not adapters or (len(adapters) > 1 and not is_set):
             count = "at least one" if is_set else "one"
             raise self._error(f"adapters must be a list of {count}", repr(adapters)[:80])
@@ -218,13 +281,13 @@ class _Reader:
         self._complete("training lora_config", training["lora_config"], LoraConfig)
         limit = training["max_grad_norm"]
         settings: dict[str, Any] = training | {"max_grad_norm": math.inf if limit is None else limit}
-        named = {"schedule": "constant"} if settings["schedule"] is None else {}
-        LoraTrainingConfig.from_dict(settings | named)
-        return settings
+        config = training_config(settings).to_dict()
+        return config | {"schedule": settings["schedule"]}
 
     def _complete(self, name: str, values: Any, kind: type) -> None:
         """Refuse a config without all fields: a default would stand in for what was meant."""
-        self._items(name, values, tuple(field.name for field in fields(kind)))
+        later = LATER_FIELDS[kind] if self._is_first else ()
+        self._items(name, values, tuple(field.name for field in fields(kind) if field.name not in later))
 
     def _parsed(self, key: str) -> dict[str, Any]:
         parsed = strict_json.parse(self._file.metadata[key].encode(), f"{self._file.path}: {key}", leading_space=False)

@@ -110,10 +110,13 @@ def memory_needed(raw: bytes) -> int:
     return text + strings + sum(raw.count(mark) * cost for mark, cost in COSTS.items())
 
 
-def to_text(value: Any, *, indent: int | None = None) -> str:
-    """Return JSON with sorted keys, so that equal values give equal text. ValueError for NaN and infinities."""
+def to_text(value: Any, *, indent: int | None = None, is_sorted: bool = True) -> str:
+    """Return JSON with sorted keys, so that equal values give equal text. ValueError for NaN and infinities.
+
+    Not sorted, keys keep their order, for mappings in which that counts.
+    """
     separators = (",", ":") if indent is None else (",", ": ")
-    return json.dumps(value, sort_keys=True, separators=separators, indent=indent, allow_nan=False)
+    return json.dumps(value, sort_keys=is_sorted, separators=separators, indent=indent, allow_nan=False)
 
 
 def _is_deeper(value: Any, levels: int) -> bool:

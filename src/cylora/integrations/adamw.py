@@ -12,6 +12,7 @@ from cylora.config import LoraTrainingConfig
 from cylora.errors import ConfigError, InputError, StateError
 from cylora.integrations.tensors import Tensors, check_parameters
 from cylora.optimizer import check_rate, norm_limit
+from cylora.parts import max_rate
 
 __all__ = ["CyloraAdamW"]
 
@@ -130,7 +131,7 @@ class CyloraAdamW(torch.optim.AdamW):
                 adam = {"beta1": beta1, "beta2": beta2, "eps": options[1], "weight_decay": options[2]}
                 config = LoraTrainingConfig(learning_rate=0.0, **adam)
                 self._known[index] = (options, config)
-            rate = check_rate(group["lr"], config)
+            rate = check_rate(group["lr"], max_rate(config, None))
         except (ValueError, TypeError) as error:
             raise ConfigError(f"options of group {index}: {error}") from None
         return rate, config.beta1, config.beta2, config.eps, config.weight_decay, bool(group.get("maximize"))

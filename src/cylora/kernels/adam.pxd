@@ -3,6 +3,7 @@
 from cpython.buffer cimport Py_buffer
 from libc.stdint cimport int64_t, uint8_t
 from cylora.kernels._loops cimport AdamRule, Gradient
+from cylora.kernels.kept cimport KeptState
 from cylora.kernels.task cimport Part, Task
 
 cdef class PreparedAdam:
@@ -38,6 +39,16 @@ cdef class PreparedAdam:
     cdef int64_t[::1] count         # steps ever
     cdef double[::1] pending_sums   # weighted losses, weights
     cdef int64_t[::1] pending       # micro-batches waiting
+    # What `attach_guard` and `keep_state` set.
+    cdef object guard               # loss -> the largest norm that the step may have
+    cdef object divergence          # (norm, limit) -> the error for a larger one
+    cdef bint skips_divergent
+    cdef KeptState kept
+    # The rules that an override stands for in the step under way, and its limit without the guard.
+    cdef AdamRule* own_rules        # (parts,), or NULL
+    cdef double own_max_norm, own_norm_limit, full_limit
+    cdef bint is_overridden, is_guarded
+    cdef tuple overrides            # of the step that `run_overridden` does, or None
     # The step under way.
     cdef object record
     cdef int64_t index
@@ -51,6 +62,11 @@ cdef class PreparedAdam:
     cdef object refused(self)
     cdef int announce(self, object record) except -1
     cdef int _prepare(self, object loss, object grad_a, object grad_b, bint accumulated) except -1
+    cdef double _override(self, tuple overrides, int64_t step) except? -1.0
+    cdef int _heed_guard(self) except -1
+    cdef bint _is_divergent(self) noexcept
+    cdef void _roll(self) noexcept
+    cdef void _end_exceptions(self) noexcept
     cdef int _take(self, tuple buffers) except -1
     cdef int _lay_parts(self, object parts, AdamRule rule, int64_t t) except -1
     cdef int _lend_moments(

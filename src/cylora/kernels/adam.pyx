@@ -20,6 +20,7 @@ from cylora.kernels._fpenv cimport fp_enter, fp_leave
 from cylora.kernels._loops cimport BLOCK, CHUNK, EIGHT_BIT, FLOAT32, AdamRule, Moments, Piece
 from cylora.kernels.buffers cimport acquire_gradient, overlap
 from cylora.kernels.dispatch cimport loops
+from cylora.kernels.kept cimport KeptState
 from cylora.kernels.task cimport Part, carry_out, lay_out, measure
 
 from cylora.errors import InputError, StateError, TrainerBusyError
@@ -59,7 +60,7 @@ cdef class PreparedAdam:
     ``shape_a`` and ``shape_b`` are those of the two matrices that lie one after the other in the vector when gradients come
     as a pair; without them there is only the flat form. ``skips``: a step whose gradient cannot be applied is recorded as
     skipped, not refused. A subclass gives the answers to what is out of the ordinary: ``refusal(norm, limit)``,
-    ``to_loss(x)``, ``to_rate(x)``.
+    ``to_loss(x)``, ``to_rate(x)``, ``too_fast(rate, limit)``.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ cdef class PreparedAdam:
             free(self.task.parts)
         free(self.task.block_sums)
         free(self.task.noise)
+        free(self.own_rules)
 
     @property
     def t(self):
@@ -152,6 +154,25 @@ cdef class PreparedAdam:
         if sums.shape[0] != 2 or pending.shape[0] != 1:
             raise ValueError("sums must be (2,), pending (1,)")
         self.pending_sums, self.pending = sums, pending
+
+    def attach_guard(self, guard, divergence, bint skips):
+        """Let no step be applied whose norm is above ``guard(loss)``, which may refuse the loss by raising.
+
+        Such a step is refused with the error ``divergence(norm, limit)``, or where ``skips`` recorded as skipped.
+        """
+        self.guard, self.divergence, self.skips_divergent = guard, divergence, skips
+
+    def keep_state(self, live, copies, int64_t[::1] steps not None, int64_t every):
+        """Copy ``live`` arrays into ``copies`` every so many applied steps, and back when the guard skips a step."""
+        self.kept = KeptState(live, copies, steps, every)
+
+    def occupy(self):
+        """Refuse every step until `release`."""
+        self.enter()
+
+    def release(self):
+        """Allow steps again after `occupy`."""
+        self.leave()
 
     def exclusively(self, function):
         """Call ``function`` while every step is refused, and return what it returns."""
@@ -206,10 +227,24 @@ cdef class PreparedAdam:
             self.announce(record)
         return record
 
+    def run_overridden(self, loss, grad_a, grad_b, bint accumulated, tuple overrides not None):
+        """Do what `run_step` does, for this step alone with ``overrides``.
+
+        They are (rate or -1 for the schedule's, beta1, beta2, eps, weight decays of the parts or None, max_norm,
+        norm_limit, largest rate).
+        """
+        if self.busy:
+            self.enter()  # raises: the step under way has its own
+        self.overrides = overrides
+        try:
+            return self.run_step(loss, grad_a, grad_b, accumulated)
+        finally:
+            self.overrides = None
+
     def accumulate(self, float[::1] total not None, loss, grad_a, grad_b, double weight):
         """Add ``weight`` times the gradients to ``total`` (written; starts from zero when no micro-batch waits)."""
         cdef double loss_value, norm
-        cdef Py_ssize_t offset = 0, n = self.n
+        cdef Py_ssize_t offset, k, n = self.n
         cdef uint64_t fp
         cdef int i
         self.enter()
@@ -232,10 +267,13 @@ cdef class PreparedAdam:
                 with nogil:
                     if self.pending[0] == 0:
                         memset(&total[0], 0, 4 * n)
-                    for i in range(self.held):
-                        piece = &self.gradient.pieces[i]
-                        loops.accumulate(&total[offset], piece.start, piece.n, piece.kind, weight)
-                        offset += piece.n
+                    for k in range(self.task.count):  # what is not trained is not read: it stays zero
+                        part = &self.task.parts[k]
+                        offset = part.start
+                        for i in range(part.step.gradient.count):
+                            piece = &part.step.gradient.pieces[i]
+                            loops.accumulate(&total[offset], piece.start, piece.n, piece.kind, weight)
+                            offset += piece.n
                 if self.pending[0] == 0:
                     self.pending_sums[0] = self.pending_sums[1] = 0.0
                 self.pending_sums[0] += weight * loss_value
@@ -294,7 +332,9 @@ cdef class PreparedAdam:
         else:
             self.loss = loss if PyFloat_CheckExact(loss) else self.to_loss(loss)
         step = self.count[0]
-        rate = self._scheduled(step)
+        rate = self._scheduled(step) if self.overrides is None else self._override(self.overrides, step)
+        if self.guard is not None:
+            self._heed_guard()
         if step >= self.rows.shape[0] and self.history.make_room(self.rows.shape[0]):
             self._take(self.history.buffers())
         if self.count[0] != step:
@@ -330,8 +370,10 @@ cdef class PreparedAdam:
         cdef object record = self.record
         cdef Py_ssize_t slot
         cdef bint skipped = not self.task.is_applied
-        if skipped and not self.skips:
+        if skipped and not (self.skips_divergent if self._is_divergent() else self.skips):
             return None
+        if self.kept is not None:
+            self._roll()
         set_float(PyTuple_GET_ITEM(record, 3), self.task.norm)
         if skipped:
             _replace(record, 5, True)
@@ -351,13 +393,17 @@ cdef class PreparedAdam:
 
     cdef object refused(self):
         """Return the error for a step that was not applied."""
-        return self.refusal(self.task.norm, self.task.norm_limit)
+        if self._is_divergent():
+            return self.divergence(self.task.norm, self.task.norm_limit)
+        return self.refusal(self.task.norm, self.task.norm_limit if not self.is_guarded else self.full_limit)
 
     cdef void leave(self) noexcept:
         cdef int i
         for i in range(self.held):
             PyBuffer_Release(&self.grads[i])
         self.held = 0
+        if self.is_overridden or self.is_guarded:
+            self._end_exceptions()
         self.record = None
         self.busy = False
 
@@ -371,6 +417,66 @@ cdef class PreparedAdam:
             finally:
                 self.reporting = False
         return 0
+
+    # ------------------------------------------------------------------ what is not as in every step
+
+    cdef double _override(self, tuple overrides, int64_t step) except? -1.0:
+        """Let this step have other rules, until `leave`; return its rate."""
+        cdef double rate, beta1, beta2, eps, max_norm, norm_limit, max_rate
+        cdef Py_ssize_t i
+        rate, beta1, beta2, eps, weight_decays, max_norm, norm_limit, max_rate = overrides
+        if rate < 0.0:
+            rate = self._scheduled(step)
+        if not rate <= max_rate:
+            raise self.too_fast(rate, max_rate)
+        if weight_decays is not None and len(weight_decays) != self.task.count:
+            raise ValueError("weight decays must be those of the parts")
+        if self.own_rules == NULL:
+            self.own_rules = <AdamRule*> calloc(self.task.count, sizeof(AdamRule))
+            if self.own_rules == NULL:
+                raise MemoryError()
+        self.own_max_norm, self.own_norm_limit = self.task.max_norm, self.task.norm_limit
+        for i in range(self.task.count):
+            self.own_rules[i] = self.task.parts[i].rule
+        self.is_overridden = True
+        for i in range(self.task.count):
+            rule = &self.task.parts[i].rule
+            rule.beta1, rule.beta2, rule.eps = beta1, beta2, eps
+            if weight_decays is not None:
+                rule.weight_decay = weight_decays[i]
+        self.task.max_norm, self.task.norm_limit = max_norm, norm_limit
+        return rate
+
+    cdef int _heed_guard(self) except -1:
+        cdef double limit = self.guard(self.loss)
+        self.full_limit, self.is_guarded = self.task.norm_limit, True
+        self.task.norm_limit = min(limit, self.full_limit)
+        return 0
+
+    cdef bint _is_divergent(self) noexcept:
+        """Whether it is the guard that keeps this step from being applied."""
+        return self.is_guarded and not self.task.is_applied and self.task.norm <= self.full_limit
+
+    cdef void _roll(self) noexcept:
+        """Keep the state that an applied step made; go back to the one kept after a step that the guard skipped."""
+        cdef Py_ssize_t i
+        cdef int64_t t
+        if self.task.is_applied:
+            self.kept.keep(self.task.parts[0].t)
+        elif self._is_divergent():
+            t = self.kept.restore()
+            for i in range(self.task.count):
+                self.task.parts[i].t = t
+
+    cdef void _end_exceptions(self) noexcept:
+        cdef Py_ssize_t i
+        if self.is_guarded:
+            self.task.norm_limit, self.is_guarded = self.full_limit, False
+        if self.is_overridden:
+            for i in range(self.task.count):
+                self.task.parts[i].rule = self.own_rules[i]
+            self.task.max_norm, self.task.norm_limit = self.own_max_norm, self.own_norm_limit
+            self.is_overridden = False
 
     # ------------------------------------------------------------------ what they are made of
 
