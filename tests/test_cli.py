@@ -169,23 +169,81 @@ OPTIONS = {
     "history_limit": ("5", 5),
     "state_dtype": ("8bit", "8bit"),
     "threads": ("2", 2),
+    "lora_plus_ratio": ("4", 4.0),
+    "rate_pattern": ("linear=0.5", {"linear": 0.5}),
+    "weight_decay_pattern": ("linear=0", {"linear": 0.0}),
+    "ema_decay": ("0.5", 0.5),
+    "divergence": ("rollback", "rollback"),
+    "divergence_factor": ("7", 7.0),
+    "divergence_window": ("3", 3),
+    "rollback_every": ("2", 2),
+    "early_stopping_patience": ("9", 9),
+    "early_stopping_min_delta": ("0.25", 0.25),
     "rank": ("2", 2),
     "alpha": ("3", 3.0),
     "dropout": ("0.125", 0.125),
     "target_modules": ("a, b", ["a", "b"]),
+    "rank_pattern": ("linear=3,", {"linear": 3}),
+    "alpha_pattern": (" linear = 0.5", {"linear": 0.5}),
 }
+SWITCHES = {"train_a": ("--no-train-a", False), "use_rslora": ("--use-rslora", True)}
 
 
 def test_every_field_has_an_option(
     run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None]
 ) -> None:
-    assert [*OPTIONS, "use_rslora"] == [field.name for field in FIELDS]
+    assert list(OPTIONS) == [field.name for field in FIELDS if field.name not in SWITCHES]
+    assert list(SWITCHES) == [field.name for field in FIELDS if field.kind is bool]
     assert list(cli.HELP) == [field.name for field in FIELDS]
     flags = [part for name, (text, _) in OPTIONS.items() for part in (f"--{name.replace('_', '-')}", text)]
-    assert run("train", *flags, "--use-rslora", "--output", "out").code == 0
+    assert run("train", *flags, *(flag for flag, _ in SWITCHES.values()), "--output", "out").code == 0
     document = tomllib.loads((folder / "out" / "config.toml").read_text())
     written = {key: value for table in document.values() for key, value in table.items()}
-    assert written == {name: value for name, (_, value) in OPTIONS.items()} | {"use_rslora": True}
+    assert written == {name: value for name, (_, value) in (OPTIONS | SWITCHES).items()}
+
+
+def test_patterns_go_through_the_config_file_in_their_order(
+    run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None]
+) -> None:
+    options = ("--rate-pattern", "linear=2", "--rank-pattern", "none", "--max-steps", 3, "--task", "mine:Task")
+    assert run("train", *options, "--output", "one").code == 0
+    assert run("train", "--config", "one/config.toml", "--output", "two").code == 0
+    assert run("train", *options, "--rate-pattern", "none", "--output", "three").code == 0
+    weights = [(folder / name / WEIGHTS).read_bytes() for name in ("one", "two", "three")]
+    assert weights[0] == weights[1] != weights[2]
+    document = tomllib.loads((folder / "one" / "config.toml").read_text())
+    assert (document["training"]["rate_pattern"], document["lora"]["rank_pattern"]) == ({"linear": 2.0}, {})
+
+
+def test_a_run_that_is_out_of_patience_is_done(
+    run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None]
+) -> None:
+    task("Task.loss_and_gradients = lambda self, step, gradients: max(5.0 - step, 2.0)")
+    done = run("train", "--task", "mine:Task", "--max-steps", 50, "--early-stopping-patience", 4, "--output", "out")
+    assert done.code == 0
+    assert done.out.startswith("mine:Task, seed 0: 8 steps of 50, stopped early\n")
+    again = run("train", "--resume", "out")
+    assert (again.code, again.out.splitlines()[0]) == (0, "mine:Task, seed 0: 8 steps of 50, stopped early")
+
+
+def test_an_average_is_what_is_evaluated_published_and_exported(
+    run: Callable[..., SimpleNamespace], folder: Path, task: Callable[[str], None]
+) -> None:
+    task("Task.evaluate = lambda self: {'sum': float(self.adapters.flat.vector.astype(float).sum())}")
+    options = ("--task", "mine:Task", "--max-steps", 20, "--learning-rate", 0.1, "--warmup-steps", 0)
+    assert run("train", *options, "--ema-decay", 0.9, "--output", "out").code == 0
+    assert run("train", *options, "--output", "last").code == 0
+    checkpoint = load_generation(folder / "out" / "checkpoints")
+    average = checkpoint.trainer.ema_adapters(checkpoint.adapters).flat.vector
+    published = load_peft(folder / "out" / "adapters" / "latest").flat.vector
+    assert published.tobytes() == average.tobytes() != checkpoint.adapters.flat.vector.tobytes()
+    last = load_peft(folder / "last" / "adapters" / "latest").flat.vector
+    assert last.tobytes() == checkpoint.adapters.flat.vector.tobytes()
+    assert run("export", "out", "--format", "peft", "--output", "exported").code == 0
+    assert load_peft(folder / "exported").flat.vector.tobytes() == average.tobytes()
+    measures = [json.loads(line) for line in (folder / "out" / "measures.jsonl").read_text().splitlines()]
+    assert (measures[-1]["step"], measures[-1]["sum"]) == (20, float(average.astype(float).sum()))
+    assert "of the weights, with ema_decay 0.9" in run("inspect", "out").out
 
 
 def test_options_go_before_the_file_and_the_file_before_the_task(
@@ -268,6 +326,12 @@ WRONG = [
     (["train", "--decay-steps", "nil"], "--decay-steps must be an integer or none, got 'nil'"),
     (["train", "--rank", "0"], "rank must be an integer >= 1, got 0"),
     (["train", "--rank", "none"], "--rank must be an integer, got 'none'"),
+    (["train", "--rank-pattern", "hidden1=x"], "--rank-pattern must be NAME=INTEGER,..., got 'hidden1=x'"),
+    (["train", "--rate-pattern", "hidden1"], "--rate-pattern must be NAME=NUMBER,..., got 'hidden1'"),
+    (["train", "--rate-pattern", "a=1,a=2"], "--rate-pattern must not repeat a name, got 'a' twice"),
+    (["train", "--rate-pattern", "q_proj=2"], "each key of rate_pattern must count for a module, got 'q_proj'"),
+    (["train", "--rank-pattern", "q_proj=2"], "each key of rank_pattern must count for a module, got 'q_proj'"),
+    (["train", "--lora-plus-ratio", "0"], "lora_plus_ratio must be in (0, 1e6], got 0.0"),
     (["train", "--rank", "200"], "rank must be at most 128, the digits network's width, got 200"),
     (["train", "--alpha", "-1"], "alpha must be in (0, 1e6], got -1.0"),
     (["train", "--dropout", "1"], "dropout must be in [0, 1), got 1.0"),

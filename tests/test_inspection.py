@@ -63,7 +63,8 @@ def test_inspect_a_checkpoint_tells_its_facts(tmp_path: Path) -> None:
     adapters.origin = {"base_model_name_or_path": "some/model"}
     path = tmp_path / "checkpoint.safetensors"
     save_checkpoint(trainer, adapters, path, generation=7)
-    kind, found, got, facts = inspect(path)
+    kind, found, got, facts, average = inspect(path)
+    assert average is None
     assert (kind, found) == ("checkpoint", path)
     assert isinstance(got, AdapterSet)
     assert got.origin == adapters.origin
@@ -101,7 +102,7 @@ def test_inspect_a_checkpoint_tells_its_facts(tmp_path: Path) -> None:
 def test_inspect_a_checkpoint_of_a_lone_adapter_before_its_first_step(tmp_path: Path) -> None:
     adapter = make_adapter()
     save_checkpoint(make_trainer(schedule=lambda _: 0.1), adapter, tmp_path / "file")
-    kind, _, got, facts = inspect(str(tmp_path / "file"))
+    kind, _, got, facts, _ = inspect(str(tmp_path / "file"))
     assert kind == "checkpoint"
     assert isinstance(got, LoraAdapter)
     assert facts["optimizer state"] == "none yet"
@@ -121,7 +122,7 @@ def test_inspect_a_peft_directory_by_any_of_its_names(tmp_path: Path) -> None:
         tmp_path / "link",
         tmp_path / "link" / CONFIG_NAME,
     ):
-        kind, found, adapters, facts = inspect(path)
+        kind, found, adapters, facts, _ = inspect(path)
         assert kind == "PEFT adapter"
         assert found.resolve() == folder
         assert np.array_equal(adapters.flat.vector, make_set().flat.vector)
@@ -139,7 +140,7 @@ def test_another_file_beside_an_adapter_is_not_the_adapter(tmp_path: Path) -> No
 
 def test_inspect_a_gguf_adapter(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(made())
-    kind, found, adapters, facts = inspect(tmp_path / "file")
+    kind, found, adapters, facts, _ = inspect(tmp_path / "file")
     assert (kind, found) == ("GGUF adapter", tmp_path / "file")
     assert np.array_equal(adapters.flat.vector, [*A.ravel(), *B.ravel()])
     assert facts["architecture"] == "llama"

@@ -81,7 +81,7 @@ def export(path: Path, kind: str, output: Path | None, *, base_config: Path | No
     """Write the adapters at ``path`` as a PEFT directory or a GGUF file, and print where."""
     with reading(path):
         found = inspection.inspect(path)
-    adapters = found.adapters
+    adapters = found.adapters if found.average is None else found.average
     if found.kind == "GGUF adapter" or not isinstance(adapters, AdapterSet):
         got = found.kind if isinstance(adapters, AdapterSet) else "a lone adapter, which no module's name goes with"
         raise InputError(f"{path}: only runs, checkpoints and PEFT adapters with names can be exported, got {got}")

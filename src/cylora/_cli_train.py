@@ -21,6 +21,7 @@ from cylora.formats.generations import list_generations, load_generation, save_g
 from cylora.formats.inspection import ADAPTERS, CHECKPOINTS
 from cylora.formats.peft import peft_files
 from cylora.formats.trainer_state import TRAINER_STATE, save_trainer_state
+from cylora.parts import parts_of
 from cylora.tasks.picture import draw
 from cylora.tasks.progress import Progress
 from cylora.tasks.protocol import CheckedTask, TaskFactory, load_factory, training_defaults
@@ -48,7 +49,7 @@ def train(options: Tables, config_file: Path | None, output: Path | None, *, qui
     _import_extras(tensorboard=tensorboard)
     settings, factory = _settle(options, config_file)
     folder = RunFolder.new(output, settings.task)
-    task = CheckedTask(settings.task, factory, settings.config.lora_config, settings.seed)
+    task = _task(settings, factory)
     folder.create()
     with folder.held():
         try:
@@ -78,7 +79,7 @@ def resume(options: Tables, path: Path, *, fallback: bool, quiet: bool, tensorbo
                 raise InputError(f"a run goes on with its own settings: only {allowed} may be given, got {got}")
     folder = RunFolder.existing(path)
     settings, factory = _settle(options, path / CONFIG)
-    task = CheckedTask(settings.task, factory, settings.config.lora_config, settings.seed)
+    task = _task(settings, factory)
     folder.create()
     with folder.held():
         return _Session(settings, task, folder, quiet=quiet, tensorboard=tensorboard).train(fallback)
@@ -123,7 +124,7 @@ class _Session:
                         self._folder.discard()
                         raise
             interrupt.before_message = b"\n"  # the view is closed
-            is_complete = failure is None and run.steps_done >= wanted
+            is_complete = failure is None and run.trainer.is_complete()
             if run.steps_done or is_complete:
                 failure = self._save(run, failure)
                 board.show(run.measures)  # the last evaluation came after everything was saved
@@ -211,10 +212,17 @@ class _Session:
     def _publish(self, run: TrainingRun, path: Path) -> None:
         """Publish under the next number: the same step may come again with other settings, or another cylora."""
         versions = [int(one.name.partition("@v")[2].partition("-")[0]) for one in published(path, "adapter")]
-        files = peft_files(self._task.adapters, step=run.steps_done)
+        files = peft_files(run.served_adapters(), step=run.steps_done)
         if self._folder.has_outputs and os.readlink(path / LATEST).endswith(f"-{content_digest(files)[:8]}"):
             return  # as they are already; what may be older than the checkpoint, when a run was killed, is not
         publish_directory(path, "adapter", max(versions, default=0) + 1, files, keep=2)
+
+
+def _task(settings: RunSettings, factory: TaskFactory) -> CheckedTask:
+    """Make the task; ConfigError if the settings train none of its adapters, or name one that it does not have."""
+    task = CheckedTask(settings.task, factory, settings.config.lora_config, settings.seed)
+    parts_of(task.adapters.flat.layout, settings.config)
+    return task
 
 
 def _config_text(settings: RunSettings) -> bytes:

@@ -21,7 +21,7 @@ from cylora._cli_files import FORMATS, export, inspect, verify, visible
 from cylora._cli_info import system_facts
 from cylora._cli_plot import plot
 from cylora._cli_train import resume, train
-from cylora.config import NONFINITE_POLICIES, SCHEDULES, STATE_DTYPES, WEIGHT_DECAY_MODES
+from cylora.config import DIVERGENCE_POLICIES, NONFINITE_POLICIES, SCHEDULES, STATE_DTYPES, WEIGHT_DECAY_MODES
 from cylora.errors import CyloraError, InputError
 from cylora.formats.weights import WEIGHT_DTYPES
 from cylora.plotting import ENDINGS
@@ -53,11 +53,24 @@ HELP = {
     "history_limit": "records to keep; none: all",
     "state_dtype": f"how Adam's moments are stored: {', '.join(STATE_DTYPES[:-1])} or {STATE_DTYPES[-1]}",
     "threads": "most threads a step may use; none: CYLORA_NUM_THREADS, or 1",
+    "lora_plus_ratio": "LoRA+: B's rate over A's",
+    "train_a": "no: LoRA-FA, which leaves A as it was drawn",
+    "rate_pattern": "factors on the rate of some modules, 0 to freeze them, as q_proj=0.5,layers.0.q_proj=0",
+    "weight_decay_pattern": "weight decays of some modules, as q_proj=0.1",
+    "ema_decay": "average the weights with this decay, and evaluate and write the average; none: no average",
+    "divergence": f"what a loss or norm far above its median does: {', '.join(DIVERGENCE_POLICIES)}",
+    "divergence_factor": "how far above",
+    "divergence_window": "applied steps whose median it is",
+    "rollback_every": "applied steps between two states that rollback may go back to",
+    "early_stopping_patience": "steps without a better loss after which the run ends; none: never",
+    "early_stopping_min_delta": "how much better it must be",
     "rank": "rank of the adapters",
     "alpha": "scaling is alpha / rank",
     "dropout": "probability that an input of an adapter is dropped in training",
     "target_modules": "modules that get an adapter, separated by commas",
     "use_rslora": "scaling is alpha / sqrt(rank)",
+    "rank_pattern": "ranks of some modules, as q_proj=4,layers.0.q_proj=16",
+    "alpha_pattern": "alphas of some modules, likewise",
 }
 TITLES = {"run": "the run", "training": "training", "lora": "the adapters"}
 
@@ -72,10 +85,12 @@ def _converter(field: Field) -> Callable[[str], Any]:
     """Return the function that reads an option's text; what the value may be is for the configs to say."""
 
     def convert(text: str) -> Any:
-        if field.optional and text == NONE:
-            return None
+        if text == NONE and (field.optional or field.kind is dict):
+            return None if field.optional else {}
         if field.kind is tuple:
             return tuple(part.strip() for part in text.split(","))
+        if field.kind is dict:
+            return _pattern(text, field.item)
         try:
             return field.kind(text)
         except ValueError:
@@ -85,6 +100,21 @@ def _converter(field: Field) -> Callable[[str], Any]:
             ) from None
 
     return convert
+
+
+def _pattern(text: str, kind: type) -> dict[str, Any]:
+    """Read name=value,name=value; an empty text is an empty pattern."""
+    pattern: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = (word.strip() for word in part.partition("="))
+        if name in pattern:
+            raise argparse.ArgumentTypeError(f"must not repeat a name, got {name!r} twice")
+        try:
+            pattern[name] = kind(value)
+        except ValueError:
+            rule = f"must be NAME={'INTEGER' if kind is int else 'NUMBER'},..., got {part!r}"
+            raise argparse.ArgumentTypeError(rule) from None
+    return pattern
 
 
 def _integer(text: str) -> int:
@@ -100,9 +130,11 @@ def _default_text(field: Field) -> str:
     own = own["lora_config"] if field.table == "lora" else own if field.table == "training" else {}
 
     def text(value: Any) -> str:
-        if value is None:
+        if value is None or value == {}:
             return NONE
-        return ",".join(value) if field.kind is tuple else "no" if value is False else str(value)
+        if field.kind is bool:
+            return "yes" if value else "no"
+        return ",".join(value) if field.kind is tuple else str(value)
 
     digits = f"; digits: {text(own[field.name])}" if field.name in own else ""
     return f"(default: {text(field.default)}{digits})"
@@ -147,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
             option["action"] = argparse.BooleanOptionalAction
         else:
             option["type"] = _converter(field)
-            option["metavar"] = {int: "N", float: "X", str: "NAME", tuple: "NAMES"}[field.kind]
+            option["metavar"] = {int: "N", float: "X", str: "NAME", tuple: "NAMES", dict: "NAME=X,..."}[field.kind]
         groups[field.table].add_argument(f"--{field.name.replace('_', '-')}", **option)
     _add_files(commands)
     _add_plot(commands)

@@ -33,12 +33,14 @@ class Inspected(NamedTuple):
     path : Path of the file or directory that was read; of a run, its newest checkpoint.
     adapters : AdapterSet or LoraAdapter
     facts : dict of JSON values by name, in the order to show them; NaN and infinities are text.
+    average : adapters that hold the average of the weights, where a checkpoint has one.
     """
 
     kind: str
     path: Path
     adapters: AdapterSet | LoraAdapter
     facts: dict[str, Any]
+    average: AdapterSet | LoraAdapter | None = None
 
 
 class Verdict(NamedTuple):
@@ -176,7 +178,11 @@ def _read(found: Path) -> Inspected:
         "optimizer state": facts.state_dtype or "none yet",
         "training": {key: _json_value(value) for key, value in facts.training.items()},
     }
-    return _inspected("checkpoint", found, found, saved.adapters, shown)
+    if saved.state.ema is None:
+        return _inspected("checkpoint", found, found, saved.adapters, shown)
+    shown["average"] = f"of the weights, with ema_decay {facts.training['ema_decay']:g}"
+    average = saved.adapters.with_parameters(saved.state.ema)
+    return _inspected("checkpoint", found, found, saved.adapters, shown)._replace(average=average)
 
 
 def _inspected(

@@ -108,8 +108,9 @@ class DigitsTask:
             if name not in LAYERS:
                 layers = ", ".join(LAYERS)
                 raise ConfigError(f"target_modules must be layers of the digits network ({layers}), got {name!r}")
-        if lora_config.rank > WIDTH:
-            raise ConfigError(f"rank must be at most {WIDTH}, the digits network's width, got {lora_config.rank}")
+        largest = max([lora_config.rank, *lora_config.rank_pattern.values()])
+        if largest > WIDTH:
+            raise ConfigError(f"rank must be at most {WIDTH}, the digits network's width, got {largest}")
         self._seed = seed
         rng = np.random.default_rng(seed)
         text = resources.files("cylora.tasks").joinpath("data", "digits.txt").read_text(encoding="ascii")

@@ -1,11 +1,12 @@
 """One training run: ask the task for loss and gradients, step, evaluate now and then, and keep the time."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from time import perf_counter
 from typing import Any
 
 from cylora import checks
-from cylora.adapter import Gradients
+from cylora.adapter import AdapterSet, Gradients
 from cylora.errors import CyloraError, FormatError
 from cylora.history import TrainingHistory, TrainingStep
 from cylora.tasks.protocol import CheckedTask, RunFailure
@@ -77,9 +78,25 @@ class TrainingRun:
             yield record
 
     def evaluate(self) -> None:
-        """Measure the adapters as they are now, unless that has been done or the task cannot."""
+        """Measure the adapters as they are now, or their average if one is kept, unless that has been done.
+
+        Nothing happens where the task cannot evaluate.
+        """
         if self.task.can_evaluate and (not self.measures or self.measures[-1][0] != self.steps_done):
-            self.measures.append((self.steps_done, self.task.evaluate()))
+            with self.trainer.ema_weights(self.task.adapters) if self._averages else contextlib.nullcontext():
+                self.measures.append((self.steps_done, self.task.evaluate()))
+
+    def served_adapters(self) -> AdapterSet:
+        """Return what this training is for: the task's adapters, or their average if one is kept."""
+        if not self._averages:
+            return self.task.adapters
+        served = self.trainer.ema_adapters(self.task.adapters)
+        assert isinstance(served, AdapterSet)
+        return served
+
+    @property
+    def _averages(self) -> bool:
+        return self.trainer.config.ema_decay is not None
 
     def progress(self) -> dict[str, Any]:
         """Return measures and times as JSON values, for `restore`."""

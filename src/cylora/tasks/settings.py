@@ -10,6 +10,9 @@ The file has three tables, and `cylora train` writes one like it into every run 
     learning_rate = 0.01
     decay_steps = "none"  # TOML has no null
 
+    [training.rate_pattern]
+    q_proj = 0.5
+
     [lora]                # the fields of LoraConfig
     rank = 8
 """
@@ -35,13 +38,17 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Field:
-    """One thing a user may set: ``kind`` is the type of a value, ``optional`` if "none" is one too."""
+    """One thing a user may set: ``kind`` is the type of a value, ``optional`` if "none" is one too.
+
+    A ``kind`` of dict is a pattern: names to values of the type ``item``.
+    """
 
     table: str
     name: str
     kind: type
     optional: bool
     default: object
+    item: type = str
 
 
 def _config_fields(table: str, cls: type) -> list[Field]:
@@ -50,10 +57,12 @@ def _config_fields(table: str, cls: type) -> list[Field]:
     for name in (field.name for field in fields(cls)):
         hint = hints[name]
         choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        kind = typing.get_origin(choices[0]) or choices[0]
+        kind, item = typing.get_origin(choices[0]) or choices[0], str
+        if kind is Mapping:
+            kind, item = dict, typing.get_args(hint)[1]
         if kind is not LoraConfig:
-            optional = type(None) in choices
-            found.append(Field(table=table, name=name, kind=kind, optional=optional, default=getattr(defaults, name)))
+            default, optional = getattr(defaults, name), type(None) in choices
+            found.append(Field(table=table, name=name, kind=kind, optional=optional, default=default, item=item))
     return found
 
 
