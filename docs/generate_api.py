@@ -22,13 +22,14 @@ TARGET = Path(__file__).parent / "api.md"
 SECTIONS = (
     ("Configuration", "cylora", "LoraConfig LoraTrainingConfig"),
     ("Adapters and gradients", "cylora", "LoraAdapter AdapterSet Gradients GradientPair FlatBuffer"),
-    ("Training", "cylora", "LoraTrainer step_many TrainingStep TrainingHistory"),
+    ("Training", "cylora", "LoraTrainer AdamParams EarlyStopping step_many TrainingStep TrainingHistory"),
     ("Only the numerics", "cylora", "Adam grad_norm clip_grad_norm_"),
     ("Schedules", "cylora.schedule", "Schedule constant linear cosine warmup_stable_decay"),
     (
         "Errors",
         "cylora",
-        "CyloraError ConfigError InputError NonFiniteGradientError StateError TrainerBusyError FormatError TaskError",
+        "CyloraError ConfigError InputError NonFiniteGradientError DivergenceError StateError TrainerBusyError "
+        "FormatError TaskError",
     ),
     ("Adapter files", "cylora.formats", "save_peft load_peft peft_files save_gguf gguf_bytes"),
     (
