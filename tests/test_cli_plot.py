@@ -302,11 +302,14 @@ def test_pipes_links_and_huge_files_are_refused(
     os.mkfifo(folder / "pipe")
     (folder / "file").write_text(text(history(2)))
     (folder / "link").symlink_to("file")
+    (folder / "loop").symlink_to("loop")
     with (folder / "huge").open("wb") as file:
         file.truncate(2**40)
     for name, message in (
         ("pipe", "pipe: must be a regular file, got a directory, pipe or device"),
         ("link", "link: must be a regular file, got a symbolic link"),
+        ("loop", "loop: must be a regular file, got a symbolic link"),
+        ("loop/x", "loop/x cannot be read: Too many levels of symbolic links"),
         ("huge", "huge: must have at most 1073741824 bytes, got 1099511627776"),
         ("/dev/zero", "/dev/zero: must be a regular file, got a directory, pipe or device"),
         ("file/x", "file/x cannot be read: Not a directory"),

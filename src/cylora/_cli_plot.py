@@ -47,7 +47,9 @@ def plot(paths: Sequence[Path], output: Path, *, smooth: int | None, log: bool |
 
 def _labels(paths: Sequence[Path]) -> list[str]:
     """Call a run by its folder's name, or where that is another's too by the path as it was given."""
-    names = [path.resolve().parent.name if path.name == HISTORY else path.resolve().name for path in paths]
+    # Not path.resolve(): in a loop of links Python 3.11 raises RuntimeError, where reading says what is wrong.
+    places = [Path(os.path.realpath(path.parent if path.name == HISTORY else path)) for path in paths]
+    names = [place.name for place in places]
     counts = Counter(names)
     labels = [visible(name if counts[name] == 1 else path) for name, path in zip(names, paths, strict=True)]
     return [label if len(label) <= LONGEST_LABEL else f"...{label[3 - LONGEST_LABEL :]}" for label in labels]
