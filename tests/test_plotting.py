@@ -155,6 +155,7 @@ def test_run_without_marks_has_no_legend() -> None:
         ([1.0, 2.0], None, "log"),
         ([0.0, 2.0], None, "linear"),
         ([-1.0, 2.0], None, "linear"),
+        ([1e-60, 2.0], None, "linear"),
         ([1.0, 2.0], False, "linear"),
         ([-1.0, 2.0], True, "log"),
         ([-1.0, -2.0], True, "linear"),
@@ -187,6 +188,14 @@ def test_any_float_gives_a_picture(value: float, log: bool | None) -> None:
     for step in range(3):
         made.append(loss=value * (step % 2), learning_rate=value, grad_norm=abs(value))
     assert plotting.png(made.plot(log=log)).startswith(PNG)
+
+
+@pytest.mark.parametrize("low", [5e-324, 1e-100, 1e-50])
+@pytest.mark.parametrize("log", [None, True])
+def test_any_range_of_magnitudes_gives_a_picture(low: float, log: bool | None) -> None:
+    run = history([low, 1e100])
+    assert plotting.png(run.plot(log=log)).startswith(PNG)
+    assert plotting.png(draw([run.curves(max_grad_norm=low)], log=log)).startswith(PNG)
 
 
 # ---------------------------------------------------------------- the user's axes
@@ -294,7 +303,14 @@ def test_measures_of_one_run_differ_in_colour_and_of_several_in_line() -> None:
 
 @pytest.mark.parametrize(
     ("limits", "labels"),
-    [([1.0], ["clipped above 1"]), ([2.0, 2.0], ["clipped above 2"]), ([1.0, 2.0], []), ([math.inf], []), ([None], [])],
+    [
+        ([1.0], ["clipped above 1"]),
+        ([2.0, 2.0], ["clipped above 2"]),
+        ([1.0, 2.0], []),
+        ([math.inf], []),
+        ([1e-60], []),
+        ([None], []),
+    ],
 )
 def test_limit_of_the_norm_is_drawn_where_all_runs_have_it(limits: list[Any], labels: list[str]) -> None:
     norm = panels(draw([curves([1.0, 2.0], max_grad_norm=limit) for limit in limits]))["gradient norm before clipping"]

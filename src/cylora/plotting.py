@@ -36,7 +36,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", ":", "-.")  # for more runs than colours, and for the measures of several runs
 MARKERS = (".", "s", "^", "D", "v", "P")
 BUCKETS = 1000  # more than a panel has columns of pixels
-LARGEST = 1e100  # what is beyond is marked like infinity: matplotlib's own arithmetic would overflow
+# What is beyond is marked like infinity, what is nearer to 0 (float32 ends at 1e-45) counts as 0: matplotlib looks for ticks
+# of a logarithmic axis twice as far out as its values lie, and would overflow.
+LARGEST, SMALLEST = 1e100, 1e-50
 ENDINGS = (".pdf", ".png", ".svg")
 Floats = NDArray[np.float64]
 
@@ -222,7 +224,7 @@ def _draw_norm(axes: Any, runs: Sequence[Curves], smooth: int | None, log: bool 
         _draw_noisy(axes, run.steps, run.grad_norm, smooth, _style(place))
     limits = {run.max_grad_norm for run in runs}
     limit = limits.pop()
-    if limit is not None and not limits and limit <= LARGEST:
+    if limit is not None and not limits and SMALLEST <= limit <= LARGEST:
         axes.axhline(limit, color="0.4", linestyle="--", linewidth=1, label=f"clipped above {limit:g}")
         axes.legend()
     _scale(axes, [run.grad_norm for run in runs], log)
@@ -284,13 +286,13 @@ def _draw_measures(axes: Any, runs: Sequence[Curves]) -> None:
 
 def _drawable(steps: NDArray[np.int64], values: Floats) -> tuple[NDArray[np.int64], Floats]:
     shown = np.abs(values) <= LARGEST
-    return steps[shown], values[shown]
+    return steps[shown], np.where(np.abs(values[shown]) < SMALLEST, 0.0, values[shown])
 
 
 def _scale(axes: Any, columns: Sequence[Floats], log: bool | None) -> None:
     """Make the axis logarithmic where that is asked for and possible, or fits all values."""
     shown = np.concatenate([values[np.abs(values) <= LARGEST] for values in columns])
-    if len(shown) and (shown.max() if log else shown.min()) > 0 and log is not False:
+    if len(shown) and (shown.max() if log else shown.min()) >= SMALLEST and log is not False:
         axes.set_yscale("log", nonpositive="mask")
 
 
