@@ -180,6 +180,7 @@ def test_loss_that_is_not_a_number_is_refused(loss: object) -> None:
         ([("a", 1.0)], "evaluate must return a mapping of names to numbers, got list"),
         ({1: 1.0}, "evaluate must name its measures by printable strings, got 1"),
         ({"": 1.0}, "evaluate must name its measures by printable strings, got ''"),
+        ({"step": 1.0}, "evaluate must not name a measure like the count of steps beside it, got 'step'"),
         ({"a\n": 1.0}, r"evaluate must name its measures by printable strings, got 'a\\n'"),
         ({"a": "1"}, "evaluate must return finite numbers, 'a' too, got '1'"),
         ({"a": float("nan")}, "evaluate must return finite numbers, 'a' too, got nan"),

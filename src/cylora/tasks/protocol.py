@@ -52,7 +52,7 @@ class Task(Protocol):
     Two more attributes are used where a task has them.
 
     ``evaluate() -> Mapping[str, float]``
-        Named measures of the present adapters, on data that is not trained on. The same names at every call.
+        Named measures of the present adapters, on data that is not trained on. The same names at every call, none of them ``step``.
     ``total_parameters : int``
         The parameters of the whole model, frozen ones and adapters together.
     """
@@ -183,6 +183,8 @@ class CheckedTask:
         for key, value in measures.items():
             if not isinstance(key, str) or not key.isprintable() or not key:
                 raise self._broken("evaluate must name its measures by printable strings", repr(key))
+            if key == "step":
+                raise self._broken("evaluate must not name a measure like the count of steps beside it", repr(key))
             number = _real(value)
             if number is None or not math.isfinite(number):
                 raise self._broken(f"evaluate must return finite numbers, {key!r} too", repr(value))
