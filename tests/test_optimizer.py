@@ -24,6 +24,7 @@ from cylora import (
     grad_norm,
     optimizer,
 )  # fmt: skip
+from cylora.kernels import PreparedAdam
 
 NAN, INF = math.nan, math.inf
 
@@ -188,6 +189,8 @@ def test_an_adam_that_was_never_initialised_refuses_to_work() -> None:
     for use in (lambda a: a.apply(normal(3), 0.1), lambda a: a.run_step(1.0, normal(3), None)):
         with pytest.raises(ValueError, match="was not initialised"):
             use(Adam.__new__(Adam))
+    for adam in (Adam.__new__(Adam), PreparedAdam.__new__(PreparedAdam)):
+        assert (adam.t, adam.nonfinite_index, adam.nonfinite_value, adam.busy) == (0, -1, 0.0, False)
     with pytest.raises(ValueError, match="attach comes before run_step"):
         Adam(normal(3)).run_step(1.0, normal(3), None)
     with pytest.raises(ValueError, match="attach comes before run_step, and attach_pending before"):

@@ -63,6 +63,11 @@ cdef class PreparedAdam:
     ``to_loss(x)``, ``to_rate(x)``, ``too_fast(rate, limit)``.
     """
 
+    def __cinit__(self):
+        # Also of an object that `__init__` has not seen, or has refused, the properties can be read.
+        self.task.parts = &self.whole
+        self.task.nonfinite_part = -1
+
     def __init__(
         self, float[::1] parameters not None, tuple moments not None, *,
         double beta1, double beta2, double eps, double weight_decay, bint l2, double max_grad_norm, double norm_limit,
@@ -72,7 +77,7 @@ cdef class PreparedAdam:
         cdef uint8_t[::1] m, v, m_exponents, v_exponents
         cdef Py_ssize_t i
         cdef int kind
-        if self.task.parts != NULL:
+        if self.task.count != 0:
             raise TypeError("PreparedAdam is initialised once")
         if parameters.shape[0] == 0:
             raise ValueError("parameters must not be empty")
@@ -98,7 +103,6 @@ cdef class PreparedAdam:
         self.task.max_norm, self.task.norm_limit, self.max_rate = max_grad_norm, norm_limit, max_rate
         self.task.threads, self.task.divisor, self.skips = threads, 1.0, skips
         self.task.average_weight = average_weight
-        self.task.nonfinite_part = -1
         self.parameters = &parameters[0]
 
     def __dealloc__(self):
@@ -494,9 +498,11 @@ cdef class PreparedAdam:
         cdef Py_ssize_t end = 0, blocks = 0, i, count = len(parts)
         if count == 0:
             raise ValueError("parts must not be empty")
-        self.task.parts = &self.whole if count == 1 else <Part*> calloc(count, sizeof(Part))
-        if self.task.parts == NULL:
-            raise MemoryError()
+        if count > 1:
+            several = <Part*> calloc(count, sizeof(Part))
+            if several == NULL:
+                raise MemoryError()
+            self.task.parts = several
         self.task.count = count
         for i, (start, size, rate_factor, weight_decay) in enumerate(parts):
             part = &self.task.parts[i]
