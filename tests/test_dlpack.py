@@ -184,6 +184,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "of complex": ({"type": (5, 64)}, "dtype complex64"),
     "of bfloat32": ({"type": (BFLOAT, 32)}, "dtype bfloat32"),
     "of nothing": ({"type": (FLOAT, 0)}, "dtype float0"),
+    "of more bytes than can be counted": ({"type": (FLOAT, 255), "shape": (2**60,), "strides": None}, "dtype float255"),
     "of vectors": ({"lanes": 4}, "dtype float32x4"),
     "of no lanes": ({"lanes": 0}, "dtype float32x0"),
     "in Fortran order": ({"strides": (1, 3)}, "strides (1, 3) in elements"),

@@ -88,10 +88,11 @@ cdef class Tensor:
         self.start = <char*> tensor.data + tensor.byte_offset if size > 0 else <void*> tensor
         if tensor.device_type not in (CPU, CUDA_HOST, ROCM_HOST) or not self.is_contiguous or (size > 0 and tensor.data == NULL):
             return 0
-        self.n_bytes = size * (tensor.bits // 8)
         self.kind = _kind_of(tensor)
         if self.kind >= 0 and <size_t> self.start % (tensor.bits // 8) != 0:
             self.kind = -1
+        if self.kind >= 0:  # else an element may have any number of bytes, and all together more than fit
+            self.n_bytes = size * (tensor.bits // 8)
         return 0
 
     cdef str traits(self, bint writable):
