@@ -213,7 +213,8 @@ cdef inline void update_run(
     if n >= SPAN:
         advance_span(p, g, m, v, new_m, new_v, now, &stored, &k, l2, mode)
         while n - i >= 2 * SPAN:
-            stored.noise += SPAN
+            if stored.kind != FLOAT32:  # which has none
+                stored.noise += SPAN
             m += SPAN * item
             v += SPAN * item
             advance_span(p + i + SPAN, g + i + SPAN, m, v, new_m + i + SPAN, new_v + i + SPAN, then, &stored, &k, l2, mode)
@@ -221,7 +222,8 @@ cdef inline void update_run(
             now = then
             i += SPAN
         move_span(p + i, new_m + i, new_v + i, now, s, &k, l2, mode)
-        stored.noise += SPAN
+        if stored.kind != FLOAT32:
+            stored.noise += SPAN
         m += SPAN * item
         v += SPAN * item
         i += SPAN
@@ -264,12 +266,13 @@ cdef inline void update_chunks(
 ) noexcept nogil:
     """Elements [start, start + n); one chunk only where moments are compact."""
     cdef const Moments* s = &step.moments
-    cdef float* m = <float*> s.m + start
-    cdef float* v = <float*> s.v + start
+    cdef float* m
+    cdef float* v
     cdef float new_m[CHUNK]
     cdef float new_v[CHUNK]
     cdef Storage stored = Storage(kind=FLOAT32, noise=NULL, shift=0, m_base=0, v_base=0)
     if s.kind == FLOAT32:
+        m, v = <float*> s.m + start, <float*> s.v + start
         update_run(step.p + start, g, m, v, m, v, n, stored, &step.scalars, l2, mode)
         return
     stored.noise, stored.shift = step.noise, noise_at(step.scalars.noise_key, step.first_chunk + start // CHUNK)

@@ -19,7 +19,7 @@ cdef struct Task:
     double* block_sums          # (blocks,)
     Py_ssize_t blocks
     Py_ssize_t n                # elements of all parts
-    uint32_t* noise             # (CHUNK,), or NULL where all moments are float32
+    uint32_t* noise             # (CHUNK,), or NULL where all moments are float32: one table, so others' parts share their t
     double max_norm             # of the gradients of all parts together
     double norm_limit           # above it nothing is applied
     int threads
