@@ -40,6 +40,8 @@ SECTIONS = (
     ("Publishing", "cylora.formats", "publish_directory published replace_file"),
     ("Looking at files", "cylora.formats", "inspect verify"),
     ("What they return", "cylora.formats.inspection", "Inspected Verdict"),
+    ("The log for Hugging Face's tools", "cylora.formats", "save_trainer_state trainer_state"),
+    ("Trackers", "cylora.trackers", "log_to TensorBoardLogger all_of Tracker scalars"),
     ("Tasks for `cylora train`", "cylora.tasks.protocol", "Task TaskFactory"),
 )
 COMPLETE = ("cylora", "cylora.formats")  # every name in their __all__ must be above
@@ -47,7 +49,7 @@ COMPLETE = ("cylora", "cylora.formats")  # every name in their __all__ must be a
 INTERNAL = {
     "Adam": {"for_training", "refusal", "state", "to_loss", "to_rate"},
     "LoraTrainer": {"adopt", "prepared_step"},
-    "TrainingHistory": {"buffers", "make_room"},
+    "TrainingHistory": {"buffers", "curves", "make_room"},
 }
 KERNELS = ("dispatch", "_loops", "_fpenv", "threads")  # what other Cython packages may cimport
 
@@ -56,8 +58,9 @@ HEAD = """# API reference
 <!-- Written by docs/generate_api.py from the sources: do not edit. -->
 
 In signatures, `FloatArray` is `NDArray[np.float32]`, `Mask` is `NDArray[np.bool_]`, `Content` is bytes or a sequence of
-buffers, and `Any` in the place of an array is anything whose buffer holds what the text says. What a "Raises" lists is
-raised before anything is written, unless it says otherwise.
+buffers, `OnStep` is a function of a [`TrainingStep`](#trainingstep), and `Any` in the place of an array is anything
+whose buffer holds what the text says. What a "Raises" lists is raised before anything is written, unless it says
+otherwise.
 """
 
 
@@ -88,6 +91,11 @@ def exported(module: str) -> set[str]:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__":
             return set(ast.literal_eval(statement.value))
     raise SystemExit(f"{module} must have an __all__, got none")
+
+
+def exports_module(module: str, other: str) -> bool:
+    """Return whether ``other`` is a module that ``module`` has in its ``__all__``, as cylora has trackers."""
+    return other.startswith(f"{module}.") and other.removeprefix(f"{module}.") in exported(module)
 
 
 def definition(module: str, name: str) -> Definition:
@@ -137,6 +145,8 @@ def _parameters(arguments: ast.arguments) -> list[str]:
     plain = [*arguments.posonlyargs, *arguments.args]
     defaults: list[ast.expr | None] = [None] * (len(plain) - len(arguments.defaults)) + list(arguments.defaults)
     shown = [_with_default(one, value) for one, value in zip(plain, defaults, strict=True)]
+    if arguments.posonlyargs:
+        shown.insert(len(arguments.posonlyargs), "/")
     if plain and plain[0].arg in ("self", "cls"):
         del shown[0]
     if arguments.vararg:
@@ -221,7 +231,10 @@ def described(docstring: str, names: Names, owner: str) -> list[str]:
 
 
 def _prose(body: list[str], names: Names, owner: str) -> list[str]:
-    """Return paragraphs; what is indented after a ``::`` is a literal block, other indented text a list."""
+    """Return paragraphs; what is indented after a ``::`` is a literal block, other indented text a list.
+
+    A session of the interpreter, lines after ``>>>``, is one too: Markdown would take them for quotations.
+    """
     out: list[str] = []
     paragraph: list[str] = []
     literal: list[str] = []
@@ -232,6 +245,8 @@ def _prose(body: list[str], names: Names, owner: str) -> list[str]:
         if literal:
             out.extend(["```", *inspect.cleandoc("\n" + "\n".join(literal)).splitlines(), "```", ""])
             is_literal = False
+        elif paragraph and paragraph[0].startswith(">>> "):
+            out.extend(["```pycon", *(line.removesuffix("# doctest: +SKIP").rstrip() for line in paragraph), "```", ""])
         elif paragraph:
             text = "\n".join(paragraph)
             is_literal = text.endswith("::")
@@ -283,6 +298,7 @@ def reference() -> str:
     """Return the whole page."""
     for module in COMPLETE:
         listed = {name for _, origin, names in SECTIONS for name in names.split() if origin == module}
+        listed |= {origin.removeprefix(f"{module}.") for _, origin, _ in SECTIONS if exports_module(module, origin)}
         if listed != exported(module):
             differing = sorted(listed ^ exported(module))
             raise SystemExit(f"SECTIONS must have the names of {module}.__all__, got a difference in {differing}")

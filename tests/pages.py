@@ -7,6 +7,7 @@ of the block before them.
     <!-- file: NAME -->         the reader saves it as NAME
     <!-- not run: WHY -->       a command that is too dear for a test, or would install something
     <!-- output: COMMAND -->    a text that COMMAND prints, not the block before
+    <!-- terminal: COMMAND -->  what stays on a terminal of 100 columns below COMMAND
     <!-- numbers vary -->       of an output only the words are the same everywhere
     <!-- NAME -->               a name by which .ci/run or a test finds it
 """
@@ -14,14 +15,17 @@ of the block before them.
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from screen import Screen, on_terminal
+
 ROOT = Path(__file__).parents[1]
 PLAYER = Path(__file__).parent / "play.py"
-COMMENT = re.compile(r"<!-- (?P<key>interop|file|not run|output|numbers vary|[\w-]+)(?:: (?P<value>.+))? -->")
+COMMENT = re.compile(r"<!-- (?P<key>interop|file|not run|output|terminal|numbers vary|[\w-]+)(?:: (?P<value>.+))? -->")
 FENCE = re.compile(r"(?P<indent> *)(?P<fence>`{3,}|~{3,})(?P<language>.*)")
 RUNNABLE = ("python", "sh")
 
@@ -105,13 +109,12 @@ def play(blocks: list[Block], folder: Path) -> list[str]:
         {"action": b.action, "text": b.text, "page": str(b.page), "line": b.line, "name": b.marks.get("file")}
         for b in blocks
     ]
-    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     report = folder.parent / f"{folder.name}.json"
     done = subprocess.run(
         [sys.executable, "-W", "error" if is_strict else "ignore", PLAYER, report],
         input=json.dumps(steps),
         cwd=folder,
-        env=os.environ | {"PATH": beside},
+        env=os.environ | {"PATH": _path()},
         capture_output=True,
         text=True,
         check=False,
@@ -123,9 +126,23 @@ def play(blocks: list[Block], folder: Path) -> list[str]:
     return printed
 
 
+def left_on_terminal(command: str, folder: Path) -> str:
+    """Return what ``command`` has left on a terminal, without colours."""
+    environment = os.environ | {"PATH": _path(), "TERM": "xterm", "NO_COLOR": "1"}
+    screen = Screen(100, 24)
+    screen.write(on_terminal(shlex.split(command), environment, folder=folder))
+    return "\n".join(screen.lines)
+
+
+def _path() -> str:
+    """Return where a reader finds commands: beside this Python first."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
 def words_of(text: str) -> str:
-    """Return a text with one sign for each number and one space between words."""
-    without_hashes = re.sub(r"(?<=-)[0-9a-f]{8}\b", "#", text)
+    """Return a text with one sign for each number and each curve, and one space between words."""
+    without_curves = re.sub("[▁-▏][▁-▏ ]*", "▁", text)
+    without_hashes = re.sub(r"(?<=-)[0-9a-f]{8}\b", "#", without_curves)
     return " ".join(re.sub(r"-?\d[\d,.:]*(?:e[+-]?\d+)?", "#", without_hashes).split())
 
 

@@ -1,6 +1,13 @@
 """A terminal's screen: what is to be seen after a program has written, and where the cursor is."""
 
+import fcntl
+import os
+import pty
 import re
+import struct
+import subprocess
+import termios
+from pathlib import Path
 
 TOKEN = re.compile(r"\x1b\[(\d*)([A-Za-z])|([\s\S])")
 
@@ -55,3 +62,27 @@ class Screen:
         line = self._lines[self.row].ljust(self.column)
         self._lines[self.row] = line[: self.column] + character + line[self.column + 1 :]
         self.column += 1
+
+
+def on_terminal(
+    command: list[str], environment: dict[str, str], *, columns: int = 100, folder: Path | None = None
+) -> str:
+    """Run a command with its stderr on a terminal and return what was written there."""
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=end, stdin=subprocess.DEVNULL, env=environment, cwd=folder
+    )
+    os.close(end)
+    shown = b""
+    while True:
+        try:
+            part = os.read(terminal, 65536)
+        except OSError:  # Linux reports the closed other end as EIO
+            break
+        if not part:
+            break
+        shown += part
+    os.close(terminal)
+    assert process.wait(timeout=60) == 0
+    return shown.decode()

@@ -2,16 +2,12 @@
 
 import builtins
 import errno
-import fcntl
 import json
 import os
-import pty
 import re
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import threading
 import tomllib
 from collections.abc import Callable
@@ -22,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load
-from screen import Screen
+from screen import Screen, on_terminal
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cylora
@@ -739,25 +735,8 @@ def test_run_that_fails_at_once_leaves_no_events(
 
 
 def in_terminal(arguments: list[str], environment: dict[str, str], columns: int = 100) -> str:
-    """Run the command with its stderr on a terminal and return what that shows."""
-    terminal, end = pty.openpty()
-    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    process = subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=end, stdin=subprocess.DEVNULL, env=environment
-    )
-    os.close(end)
-    shown = b""
-    while True:
-        try:
-            part = os.read(terminal, 65536)
-        except OSError:  # Linux reports the closed other end as EIO
-            break
-        if not part:
-            break
-        shown += part
-    os.close(terminal)
-    assert process.wait(timeout=60) == 0
-    return shown.decode()
+    """Run the command with its stderr on a terminal and return what was written there."""
+    return on_terminal([*COMMAND, *arguments], environment, columns=columns)
 
 
 @pytest.mark.parametrize("columns", [100, 0])

@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from pages import ROOT, Block, anchors_of, blocks_of, links_of, pages, play, prose_of, stage, words_of
+from pages import ROOT, Block, anchors_of, blocks_of, left_on_terminal, links_of, pages, play, prose_of, stage, words_of
 
 import cylora
 
@@ -18,7 +18,7 @@ REFERENCE = DOCS / "api.md"  # made from the sources: nothing in it is for a rea
 PAGES = [page for page in pages() if page != REFERENCE]
 NAMED = {"example", "install-and-train", "test"}  # the README's, which test_readme.py and .ci/run look for
 RUN_BY_CI = {"install-and-train", "test"}
-MARKS = NAMED | {"interop", "file", "not run", "output", "numbers vary"}
+MARKS = NAMED | {"interop", "file", "not run", "output", "terminal", "numbers vary"}
 OF_OTHERS = {"PyMemoryView_FromMemory"}
 WITH_TORCH = {"CyloraAdamW"}  # of cylora.integrations, which needs more than these tests have
 LANGUAGES = {"python", "sh", "text", "math", "json", "toml", "cython", "c"}
@@ -41,6 +41,8 @@ def check_page(page: Path, folder: Path, *, interop: bool) -> None:
     """Go through a page in an empty folder and compare what it prints with the outputs it shows."""
     blocks = played(page, interop=interop)
     folder.mkdir()
+    beside = folder.parent / "output"
+    beside.mkdir(exist_ok=True)
     printed = dict(zip(blocks, play(blocks, folder), strict=True))
     last = None
     for block in blocks:
@@ -48,9 +50,9 @@ def check_page(page: Path, folder: Path, *, interop: bool) -> None:
             last = block if block.action in ("python", "sh") else last
             continue
         if command := block.marks.get("output"):
-            asked = Block(page, block.line, "sh", command, {})
-            (folder.parent / "output").mkdir(exist_ok=True)
-            (got,) = play([asked], folder.parent / "output")
+            (got,) = play([Block(page, block.line, "sh", command, {})], beside)
+        elif command := block.marks.get("terminal"):
+            got = left_on_terminal(command, beside)
         else:
             assert last is not None, f"{block} is the output of nothing"
             got = printed[last]
@@ -148,6 +150,7 @@ FALSE = [
     ("```sh\necho 1\n```\n\n```text\n2\n```", "page.md:6 is not what is printed"),
     ("```python\nprint(1)\n```\n\n<!-- numbers vary -->\n```text\n2 s\n```", "page.md:7 is not what is printed"),
     ("```sh\necho 1\n```\n\n<!-- output: echo 2 -->\n```text\n1\n```", "page.md:7 is not what is printed"),
+    ("<!-- terminal: sh -c 'echo 1 >&2' -->\n```text\n2\n```", "page.md:3 is not what is printed"),
     ("```text\n1\n```", "page.md:2 is the output of nothing"),
     ("```python\n1", "page.md:1: a block has no end"),
     ("- ```python\n  1\n  ```\n\n  ```python\n  1\n  ```", "page.md:3: a block begins at the line's beginning"),
@@ -170,6 +173,7 @@ def test_page_that_is_right_is_believed(tmp_path):
         "int('a')\n# raises ValueError: invalid literal for int()\n#     with base 10: 'a'\n```\n"
         "```python\nprint(one.value)\n```\n```text\na b\n```\n```sh\necho x@v1-12345678, 1.5e-3 s; echo no >&2\n```\n"
         "<!-- numbers vary -->\n```text\nx@v22-abcdef01, 200 s\n```\n<!-- output: echo 2 -->\n```text\n2\n```\n"
+        "<!-- terminal: sh -c 'printf \"9\\n\\033[1A1 |█▃  |\" >&2' -->\n<!-- numbers vary -->\n```text\n2 |▎|\n```\n"
         "<!-- interop -->\n```python\n1 / 0\n```\n",
         encoding="utf-8",
     )
@@ -223,8 +227,9 @@ def test_commands_in_the_text_have_their_options(run):
     """Also those in tables and sentences, which nothing runs."""
     helps: dict[str, str] = {}
     seen = 0
+    commands = re.compile(r"\bcylora ((?:train|bench|info|inspect|verify|export|plot)\b[^`\n|]*)")
     for page in PAGES:
-        for line in re.findall(r"\bcylora ((?:train|bench|info|inspect|verify|export)\b[^`\n|]*)", page.read_text()):
+        for line in commands.findall(page.read_text(encoding="utf-8")):
             command = line.split()[0]
             if command not in helps:
                 helps[command] = run(command, "--help").out
@@ -243,7 +248,7 @@ def test_names_in_the_text_exist():
                 assert exists(dotted), f"{named(page)} names {dotted}"
         for name in re.findall(r"`([A-Z][a-z]+[A-Z]\w+)", prose_of(page)):
             seen += 1
-            places = ("cylora", "cylora.formats", "cylora.tasks.protocol")
+            places = ("cylora", "cylora.formats", "cylora.tasks.protocol", "cylora.trackers")
             is_known = name in OF_OTHERS | WITH_TORCH or any(exists(f"{place}.{name}") for place in places)
             assert is_known, f"{named(page)}: {name}"
         for path in re.findall(r"(?<![\w/])((?:bench|tests|src)/[\w/]+\.\w+)", prose_of(page)):
