@@ -42,9 +42,10 @@ SECTIONS = (
     ("What they return", "cylora.formats.inspection", "Inspected Verdict"),
     ("The log for Hugging Face's tools", "cylora.formats", "save_trainer_state trainer_state"),
     ("Trackers", "cylora.trackers", "log_to TensorBoardLogger all_of Tracker scalars"),
+    ("torch and PEFT", "cylora.integrations.torch", "CyloraAdamW wrap_peft_model wrap_peft_gradients"),
     ("Tasks for `cylora train`", "cylora.tasks.protocol", "Task TaskFactory"),
 )
-COMPLETE = ("cylora", "cylora.formats")  # every name in their __all__ must be above
+COMPLETE = ("cylora", "cylora.formats", "cylora.integrations.torch")  # every name in their __all__ must be above
 # Not underscored because other modules of cylora call them; nobody else should.
 INTERNAL = {
     "Adam": {"for_training", "refusal", "state", "to_loss", "to_rate"},
@@ -280,7 +281,7 @@ def _entries(body: list[str], title: str, names: Names, owner: str) -> list[str]
         name, colon, kind = head.partition(" : ")
         if title == "Raises":
             shown = ", ".join(names.linked(f"`{one}`", owner) for one in name.split(", "))
-        elif title == "Returns" or (not colon and " " in name):
+        elif title == "Returns" or not (colon or all(one.lstrip("*").isidentifier() for one in name.split(", "))):
             shown = names.linked(name, owner)
         else:
             shown = ", ".join(f"`{one}`" for one in name.split(", "))
