@@ -48,7 +48,8 @@ SECTIONS = (
 COMPLETE = ("cylora", "cylora.formats", "cylora.integrations.torch")  # every name in their __all__ must be above
 # Not underscored because other modules of cylora call them; nobody else should.
 INTERNAL = {
-    "Adam": {"for_training", "refusal", "state", "to_loss", "to_rate"},
+    "Adam": {"for_training", "keep_good", "overridden", "refusal", "state", "to_loss", "to_rate", "too_fast"},
+    "LoraConfig": {"for_modules", "require_one_shape"},
     "LoraTrainer": {"adopt", "prepared_step"},
     "TrainingHistory": {"buffers", "curves", "make_room"},
 }

@@ -19,7 +19,7 @@ PAGES = [page for page in pages() if page != REFERENCE]
 NAMED = {"example", "install-and-train", "test"}  # the README's, which test_readme.py and .ci/run look for
 RUN_BY_CI = {"install-and-train", "test"}
 MARKS = NAMED | {"interop", "file", "not run", "output", "terminal", "numbers vary"}
-OF_OTHERS = {"PyMemoryView_FromMemory", "TrainerState"}
+OF_OTHERS = {"LoraFA", "PyMemoryView_FromMemory", "TrainerState"}
 WITH_TORCH = {"CyloraAdamW"}  # of cylora.integrations, which needs more than these tests have
 LANGUAGES = {"python", "sh", "text", "math", "json", "toml", "cython", "c"}
 
