@@ -117,7 +117,7 @@ class LoraTrainingConfig(Validated):
         Most threads that one step may use, its caller's included; it uses fewer where the work does not outweigh the
         hand-off. None: the environment variable CYLORA_NUM_THREADS, or 1. No bit of any result depends on it.
     lora_plus_ratio : float in (0, 1e6]
-        LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B's rate is this times A's. The paper proposes some 2 to 16.
+        LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B's rate is this times A's.
     train_a : bool
         False is LoRA-FA (Zhang et al. 2023, arXiv:2308.03303), in its plain form: A stays as it was drawn, takes no
         memory for moments, and its gradient is neither read nor part of the norm. (PEFT's LoraFA also corrects B's

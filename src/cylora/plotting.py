@@ -36,8 +36,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", ":", "-.")  # for more runs than colours, and for the measures of several runs
 MARKERS = (".", "s", "^", "D", "v", "P")
 BUCKETS = 1000  # more than a panel has columns of pixels
-# What is beyond is marked like infinity, what is nearer to 0 (float32 ends at 1e-45) counts as 0: matplotlib looks for ticks
-# of a logarithmic axis twice as far out as its values lie, and would overflow.
+# What is beyond is marked like infinity, what is nearer to 0 (float32 ends at 1e-45) counts as 0: matplotlib looks for
+# ticks of a logarithmic axis twice as far out as its values lie, and would overflow.
 LARGEST, SMALLEST = 1e100, 1e-50
 ENDINGS = (".pdf", ".png", ".svg")
 Floats = NDArray[np.float64]

@@ -144,6 +144,7 @@ def load_checkpoint(
     if facts.training["schedule"] is None and "schedule" not in changes:
         raise ConfigError(f"schedule must be given again, since {path} does not hold the function it was, got none")
     trainer = LoraTrainer(LoraTrainingConfig.from_dict(facts.training | changes), on_step=on_step)
+    check_layout(state, adapters.flat.layout, trainer.config, f"{adapters!r}")  # before the first step would
     trainer.adopt(state)
     return Checkpoint(trainer, adapters, facts.generation, rng, facts.extra)
 

@@ -52,7 +52,8 @@ class Task(Protocol):
     Two more attributes are used where a task has them.
 
     ``evaluate() -> Mapping[str, float]``
-        Named measures of the present adapters, on data that is not trained on. The same names at every call, none of them ``step``.
+        Named measures of the present adapters, on data that is not trained on. The same names at every call, none of
+        them ``step``.
     ``total_parameters : int``
         The parameters of the whole model, frozen ones and adapters together.
     """
