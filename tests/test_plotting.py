@@ -137,6 +137,22 @@ def test_skipped_steps_and_losses_that_are_not_finite_are_marked() -> None:
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["skipped: 2", "not finite: 2"]
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("measures", [(), ((1, {"accuracy": 0.5}), (30, {"accuracy": 0.9}))])
+@pytest.mark.parametrize("skipped", [0, 7])
+def test_panels_fill_the_picture_whatever_is_marked(count: int, measures: Any, skipped: int) -> None:
+    losses = np.geomspace(2.3, 1e-3, 30)
+    losses[:skipped:3] = np.nan
+    runs = [
+        curves(losses, f"run {i}", measures=measures, skipped=np.arange(30) < skipped, max_grad_norm=1.0)
+        for i in range(count)
+    ]
+    figure = draw(runs)
+    plotting.png(figure)  # the layout is made when it is drawn
+    heights = [axes.get_position().height for axes in figure.axes]
+    assert sum(heights[::2] if measures else heights) > 0.7
+
+
 def test_many_marks_are_thinned_and_counted() -> None:
     run = curves(np.ones(10_000), skipped=np.ones(10_000, bool))
     loss = panels(draw([run]))["loss"]

@@ -173,7 +173,7 @@ def check_ending(path: str | os.PathLike[str]) -> str:
 def _rendered(figure: Any, kind: str) -> bytes:
     stream = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a name may use characters that the font has not
+        warnings.filterwarnings("ignore", message="Glyph ")  # a name may use characters that the font has not
         figure.savefig(stream, format=kind, dpi=120)
     return stream.getvalue()
 
@@ -259,7 +259,9 @@ def _draw_marks(axes: Any, runs: Sequence[Curves]) -> None:
             colour = COLOURS[1] if len(runs) == 1 else COLOURS[place % len(COLOURS)]
             shown = steps[:: max(-(-len(steps) // BUCKETS), 1)]
             across = axes.get_xaxis_transform()  # x in steps, y in heights of the panel
-            axes.plot(shown, np.full(len(shown), height), marker, color=colour, transform=across, clip_on=False)
+            heights = np.full(len(shown), height)
+            # Not in the layout, which without any marks would take them to be anywhere and leave the panels no room.
+            axes.plot(shown, heights, marker, color=colour, transform=across, clip_on=False, in_layout=False)
         count = sum(map(len, marked))
         if count:
             axes.plot([], [], marker, color=COLOURS[1] if len(runs) == 1 else "0.4", label=f"{words}: {count:,}")
