@@ -619,6 +619,16 @@ def _move(torch: Any, optimizer: Any, param: Any) -> None:
         value.data = value.data * (key == "step")
 
 
+def _move_count(torch: Any, optimizer: Any, param: Any) -> None:
+    value = optimizer.state[param]["step"]
+    value.data = torch.ones_like(value)
+
+
+def _move_squares(torch: Any, optimizer: Any, param: Any) -> None:
+    value = optimizer.state[param]["exp_avg_sq"]
+    value.data = torch.ones_like(value)
+
+
 def _rehome(torch: Any, optimizer: Any, param: Any) -> None:
     param.data = param.data.clone() * 0.5
 
@@ -629,7 +639,19 @@ def _reshape(torch: Any, optimizer: Any, param: Any) -> None:
         param.mul_(0.5)
 
 
-CHANGES = [_replace, _replace_at_the_same_address, _new_entry, _forget, _forget_all, _zero, _move, _rehome, _reshape]
+CHANGES = [
+    _replace,
+    _replace_at_the_same_address,
+    _new_entry,
+    _forget,
+    _forget_all,
+    _zero,
+    _move,
+    _move_count,
+    _move_squares,
+    _rehome,
+    _reshape,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))

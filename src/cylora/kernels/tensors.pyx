@@ -272,11 +272,10 @@ cdef class PreparedTensors:
             while PyDict_Next(<object> entry, &inner, NULL, &value):
                 if value != slot.state[j]:
                     return False
+                self._look(<object> value, &look)
+                if _start(&look) != slot.places[j]:  # its old memory may be another's by now
+                    return False
                 j += 1
-            # Whoever moves a tensor's state moves all of it, so one of the three tells.
-            self._look(<object> slot.state[1], &look)
-            if _start(&look) != slot.places[1]:
-                return False
         return True
 
     cdef bint _gather(self, list lists) except -1:
