@@ -7,7 +7,7 @@ Phase 1 reads and may refuse; phase 2 writes all tensors or none and cannot fail
 
 from cpython.dict cimport PyDict_Next, PyDict_Size
 from cpython.exc cimport PyErr_Clear
-from cpython.list cimport PyList_GET_ITEM
+from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.object cimport PyObject, PyTypeObject
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.stdint cimport int64_t, uint64_t
@@ -290,7 +290,9 @@ cdef class PreparedTensors:
             tensors = lists[g]
             for j in range(len(<list?> tensors)):
                 slot = &self.slots[i]
-                if i >= self.count or PyList_GET_ITEM(tensors, j) != slot.tensor or slot.group != g:
+                if i >= self.count or j >= PyList_GET_SIZE(tensors):  # looking at a tensor may run code that changes the list
+                    return False
+                if PyList_GET_ITEM(tensors, j) != slot.tensor or slot.group != g:
                     return False
                 self._look(<object> slot.tensor, &look)
                 if _start(&look) != slot.p or _size(&look) != slot.n or _kind(&look) != FLOAT32:
