@@ -353,6 +353,29 @@ def test_rate_may_be_a_tensor_that_changes_in_place(torch: Any, adamw: Any, make
     assert bits(params) == bits(others)
 
 
+@pytest.mark.parametrize("as_tensors", [False, True])
+def test_constants_may_change_in_place(torch: Any, adamw: Any, make: Any, as_tensors: bool) -> None:
+    """A list of betas does, and so do tensors, which stay the same objects."""
+    box = torch.tensor if as_tensors else lambda number: number
+    params, others = make(), make()
+    ours, theirs = adamw(params, lr=1e-2), adamw(others, lr=1e-2)
+    group = ours.param_groups[0]
+    group |= {"betas": [box(0.5), box(0.75)], "eps": box(0.25), "weight_decay": box(0.125)}
+    theirs.param_groups[0] |= {"betas": (0.5, 0.75), "eps": 0.25, "weight_decay": 0.125}
+    train(torch, ours, params, range(2))
+    train(torch, theirs, others, range(2))
+    if as_tensors:
+        for value in (*group["betas"], group["eps"], group["weight_decay"]):
+            value.mul_(1.25)
+        theirs.param_groups[0] |= {"eps": 0.3125, "weight_decay": 0.15625}
+    else:
+        group["betas"][:] = 0.625, 0.9375
+    theirs.param_groups[0]["betas"] = (0.625, 0.9375)
+    train(torch, ours, params, range(2, 4))
+    train(torch, theirs, others, range(2, 4))
+    assert bits(params) == bits(others)
+
+
 def test_a_new_group_leaves_the_old_ones_state(torch: Any, adamw: Any, make: Any) -> None:
     params, others = make(), make()
     for some, kind in ((params, adamw), (others, torch.optim.AdamW)):
@@ -1047,8 +1070,21 @@ def test_options_set_later_are_checked_at_the_step(torch: Any, adamw: Any, make:
     assert digest(optimizer) != before
 
 
-def test_a_rate_of_several_numbers_is_refused(torch: Any, adamw: Any, make: Any) -> None:
+@pytest.mark.parametrize(
+    ("option", "name"), [("lr", "learning rate"), ("eps", "eps"), ("weight_decay", "weight_decay")]
+)
+def test_an_option_of_several_numbers_is_refused(torch: Any, adamw: Any, make: Any, option: str, name: str) -> None:
     optimizer = adamw(make())
-    optimizer.param_groups[0]["lr"] = torch.ones(2)
-    with pytest.raises(ConfigError, match="options of group 0: learning rate must be a number in"):
+    optimizer.param_groups[0][option] = torch.ones(2)
+    with pytest.raises(ConfigError, match=f"options of group 0: {name} must be "):
         optimizer.step()
+
+
+def test_options_of_another_optimizer_are_refused(torch: Any, adamw: Any, make: Any) -> None:
+    params = make()
+    optimizer = adamw(params)
+    train(torch, optimizer, params, range(1))
+    before = digest(optimizer)
+    with pytest.raises(ConfigError, match=r"^options of group 0 must have 'betas', got none: another optimizer's"):
+        optimizer.load_state_dict(torch.optim.SGD(params, lr=0.5).state_dict())
+    assert digest(optimizer) == before

@@ -123,15 +123,17 @@ class CyloraAdamW(torch.optim.AdamW):
         for name in UNSUPPORTED:
             if group.get(name):
                 raise ConfigError(f"{name} of group {index} must be False, since CyloraAdamW does not support it")
-        options = (group["betas"], group["eps"], group["weight_decay"])
         try:
+            beta1, beta2 = map(float, group["betas"])  # copies: a list or a tensor may change in place
+            options = (beta1, beta2, _copied(group["eps"]), _copied(group["weight_decay"]))
             known, config = self._known.get(index, (None, None))
             if config is None or options != known:
-                beta1, beta2 = map(float, options[0])
-                adam = {"beta1": beta1, "beta2": beta2, "eps": options[1], "weight_decay": options[2]}
+                adam = dict(zip(("beta1", "beta2", "eps", "weight_decay"), options, strict=True))
                 config = LoraTrainingConfig(learning_rate=0.0, **adam)
                 self._known[index] = (options, config)
             rate = check_rate(group["lr"], max_rate(config, None))
+        except KeyError as error:
+            raise ConfigError(f"options of group {index} must have {error}, got none: another optimizer's?") from None
         except (ValueError, TypeError) as error:
             raise ConfigError(f"options of group {index}: {error}") from None
         return rate, config.beta1, config.beta2, config.eps, config.weight_decay, bool(group.get("maximize"))
@@ -182,3 +184,10 @@ class CyloraAdamW(torch.optim.AdamW):
             self._rule(index, group)
         super().__setstate__({**state, "state": defaultdict(dict, tensors.state)})
         self._tensors = tensors
+
+
+def _copied(option: Any) -> Any:
+    """Return what a tensor says now; anything else as it is."""
+    if not isinstance(option, torch.Tensor):
+        return option
+    return option.item() if option.numel() == 1 else option.tolist()
