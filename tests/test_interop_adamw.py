@@ -852,6 +852,26 @@ def test_parameters_that_cannot_be_updated_in_place_are_refused(
     assert len(optimizer.param_groups) == 1
 
 
+def test_memory_taken_away_is_noticed(torch: Any, adamw: Any, make: Any) -> None:
+    """As those do who shard parameters: the tensor keeps its shape, its storage has no bytes."""
+    params = make()
+    optimizer = adamw(params)
+    train(torch, optimizer, params, range(1))
+    before = [param.detach().clone() for param in params]  # not `bits`: NumPy would hold on to the memory
+    gradient, taken = params[2].grad, params[2].grad.clone()
+    params[2].grad = taken
+    taken.untyped_storage().resize_(0)
+    rule = r"parameter 2 of group 0 must have memory for its 9300 elements, got 0 bytes of it$"
+    with pytest.raises(InputError, match=f"^gradient of {rule}"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+    params[2].grad = gradient
+    params[2].untyped_storage().resize_(0)
+    with pytest.raises(InputError, match=f"^{rule}"):
+        optimizer.step()
+    assert all(map(torch.equal, params[:2] + params[3:], before[:2] + before[3:]))
+
+
 def test_parameters_that_share_memory_are_refused(torch: Any, adamw: Any) -> None:
     flat = torch.zeros(10)
     for a, b in ((flat[:5], flat[4:]), (flat, flat[3:4]), (flat[2:8], flat[2:8].view(2, 3))):

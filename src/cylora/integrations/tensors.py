@@ -59,11 +59,21 @@ def _check_parameter(name: str, tensor: torch.Tensor) -> None:
         raise InputError(f"{name} must be on the CPU, got {tensor.device}")
     if tensor.dtype is not torch.float32:
         raise InputError(f"{name} must be float32, got {tensor.dtype}")
+    if not _has_memory(tensor):
+        got = f"{tensor.untyped_storage().nbytes()} bytes of it"
+        raise InputError(f"{name} must have memory for its {tensor.numel()} elements, got {got}")
     if not tensor.is_contiguous() or tensor.is_neg() or tensor.data_ptr() % 4:
         how = "a negated view" if tensor.is_neg() else f"strides {tensor.stride()} at address {tensor.data_ptr():#x}"
         raise InputError(f"{name} must be contiguous and aligned memory, got {how}")
     if tensor.is_inference():
         raise InputError(f"{name} must not be made in inference mode, since autograd cannot know that it changes")
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Return whether the storage is there: `resize_` of it leaves shape and strides as they were."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    n_bytes = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    return tensor.numel() == 0 or bool(n_bytes <= tensor.untyped_storage().nbytes())
 
 
 class Tensors(PreparedTensors):
@@ -130,6 +140,9 @@ class Tensors(PreparedTensors):
             raise InputError(f"{name} must be float32, float16 or bfloat16, got {gradient.dtype}")
         if gradient.shape != tensor.shape:
             raise InputError(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(gradient.shape)}")
+        if not _has_memory(gradient):
+            got = f"{gradient.untyped_storage().nbytes()} bytes of it"
+            raise InputError(f"{name} must have memory for its {gradient.numel()} elements, got {got}")
         return gradient.detach().as_subclass(torch.Tensor).clone(memory_format=torch.contiguous_format)
 
     def overlapping(self, index: int) -> None:
