@@ -1,5 +1,6 @@
 """The average of the weights: what it is, who gets it, and that nobody is disturbed by it."""
 
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,39 @@ def test_inside_ema_weights_the_adapters_hold_the_average() -> None:
         raise ZeroDivisionError
     assert fingerprint(trainer, adapter) == before
     assert trainer.step(1.0, adapter, *make_pair()).step == 1
+
+
+def test_interrupts_around_ema_weights_leave_the_adapters_their_own() -> None:
+    """Wherever one comes: at each line of Python that runs on the way in and out."""
+    adapter, trainer = make_adapter(), make_trainer(ema_decay=0.5)
+    trainer.step(1.0, adapter, *make_pair())
+    own, count = adapter.flat.vector.copy(), 0
+
+    def interrupted_at(event: int) -> bool:
+        left = [event]
+
+        def trace(frame: Any, what: str, argument: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        try:
+            sys.settrace(trace)
+            with trainer.ema_weights():
+                pass
+        except KeyboardInterrupt:
+            assert same_bits(adapter.flat.vector, own)  # already here, where a caller saves what it has
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    while interrupted_at(count + 1):
+        count += 1
+        trainer.state_dict()  # not busy
+    assert count > 5
 
 
 def test_nothing_steps_saves_or_averages_inside_ema_weights(tmp_path: Path) -> None:

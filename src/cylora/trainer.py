@@ -2,8 +2,8 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import Any, NoReturn, TypeVar
 
@@ -203,25 +203,15 @@ class LoraTrainer:
         copied: LoraAdapter | AdapterSet = adam.exclusively(lambda: bound.with_parameters(average))
         return copied
 
-    @contextmanager
-    def ema_weights(self, adapter: LoraAdapter | AdapterSet | None = None) -> Iterator[None]:
+    def ema_weights(self, adapter: LoraAdapter | AdapterSet | None = None) -> AbstractContextManager[None]:
         """Let the adapters hold the average of the weights inside a ``with``, to evaluate them; no step begins there.
 
         ``adapter`` as for `ema_adapters`. Afterwards they hold their own weights again, to the bit, and whatever was
         written to them meanwhile is lost.
         """
-        bound, adam, average = self._averaging("ema_weights", adapter)
-        vector = bound.flat.vector
-        adam.occupy()
-        try:
-            own = vector.copy()
-            try:
-                vector[...] = average
-                yield
-            finally:
-                vector[...] = own
-        finally:
-            adam.release()
+        _, adam, average = self._averaging("ema_weights", adapter)
+        lent: AbstractContextManager[None] = adam.lending(average)
+        return lent
 
     def _averaging(
         self, what: str, adapter: LoraAdapter | AdapterSet | None

@@ -15,7 +15,7 @@ from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_SET_ITEM
 from libc.math cimport exp
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 from cylora.kernels._fpenv cimport fp_enter, fp_leave
 from cylora.kernels._loops cimport BLOCK, CHUNK, EIGHT_BIT, FLOAT32, AdamRule, Moments, Piece
 from cylora.kernels.buffers cimport acquire_gradient, overlap
@@ -170,13 +170,11 @@ cdef class PreparedAdam:
         """Copy ``live`` arrays into ``copies`` every so many applied steps, and back when the guard skips a step."""
         self.kept = KeptState(live, copies, steps, every)
 
-    def occupy(self):
-        """Refuse every step until `release`."""
-        self.enter()
-
-    def release(self):
-        """Allow steps again after `occupy`."""
-        self.leave()
+    def lending(self, float[::1] other not None):
+        """Return what lets the parameters hold ``other`` inside a ``with``, and refuses every step there."""
+        if other.shape[0] != self.n:
+            raise ValueError(f"other must have {self.n} elements")
+        return Lent(self, other)
 
     def exclusively(self, function):
         """Call ``function`` while every step is refused, and return what it returns."""
@@ -610,6 +608,29 @@ cdef class PreparedAdam:
         if PyFloat_CheckExact(rate) and 0.0 <= <double> rate <= self.max_rate:
             return <double> rate
         return self.to_rate(rate)
+
+
+cdef class Lent:
+    """While inside a ``with``, the parameters of ``adam`` hold ``other``; afterwards their own values again, to the bit.
+
+    Of compiled code because a signal handler, and with it a KeyboardInterrupt, comes between any two lines of Python.
+    """
+
+    cdef PreparedAdam adam
+    cdef float[::1] other, own
+
+    def __init__(self, PreparedAdam adam not None, float[::1] other not None):
+        self.adam, self.other, self.own = adam, other, other.copy()  # whose values do not matter yet
+
+    def __enter__(self):
+        cdef size_t size = 4 * <size_t> self.adam.n
+        self.adam.enter()
+        memcpy(&self.own[0], self.adam.parameters, size)
+        memcpy(self.adam.parameters, &self.other[0], size)
+
+    def __exit__(self, *error):
+        memcpy(self.adam.parameters, &self.own[0], 4 * <size_t> self.adam.n)
+        self.adam.leave()
 
 
 cdef inline void _put(object record, Py_ssize_t index, object item):
