@@ -165,6 +165,16 @@ def test_what_a_config_no_longer_trains_does_not_load(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "file", train_a=True)
 
 
+def test_moments_of_one_matrix_do_not_become_those_of_another_of_its_size(tmp_path: Path) -> None:
+    adapters = AdapterSet({"a": (8, 8), "b": (8, 8)}, seed=0)
+    trainer = make_trainer(rate_pattern={"a": 0})
+    trainer.step(1.0, adapters, Gradients(adapters))
+    save_checkpoint(trainer, adapters, tmp_path / "file")
+    with pytest.raises(StateError, match=r"what the config trains must be what the saved one did, \[\(128, 128\)\]"):
+        load_checkpoint(tmp_path / "file", rate_pattern={"b": 0})
+    load_checkpoint(tmp_path / "file", rate_pattern={"a": 0, "b": 0.5})
+
+
 def test_one_adapter_of_a_set_is_saved_alone(tmp_path: Path) -> None:
     adapters = make_set()
     save_checkpoint(make_trainer(), adapters["k"], tmp_path / "file")

@@ -10,7 +10,7 @@ import pytest
 from reference import averaged, ulp
 from training import fill, fingerprint, make_adapter, make_pair, make_set, make_trainer, same_bits
 
-from cylora import AdapterSet, Gradients, LoraAdapter, StateError, TrainerBusyError
+from cylora import AdapterSet, Gradients, LoraAdapter, NonFiniteGradientError, StateError, TrainerBusyError
 from cylora.formats import load_checkpoint, load_peft, save_checkpoint, save_peft
 
 
@@ -23,6 +23,18 @@ def test_the_average_begins_where_the_weights_are_and_follows_them() -> None:
     average = trainer.ema_adapters().flat.vector
     assert (np.abs(average - expected) <= 10 * ulp(expected)).all()
     assert np.abs(average - adapter.flat.vector).max() > 0.01
+
+
+def test_the_average_begins_where_the_first_applied_step_does() -> None:
+    """Weights that are written between binding and that step, or while all steps are refused, are where it begins."""
+    adapter, trainer = make_adapter(), make_trainer(ema_decay=0.5, learning_rate=0.1)
+    with pytest.raises(NonFiniteGradientError):
+        trainer.step(1.0, adapter, np.full(adapter.param_count(), np.nan, np.float32))
+    adapter.flat.vector[:] += 1.0
+    begin = adapter.flat.vector.astype(np.float64)
+    trainer.step(1.0, adapter, *make_pair())
+    expected = averaged(begin, adapter.flat.vector, 0.5)
+    assert (np.abs(trainer.ema_adapters().flat.vector - expected) <= ulp(expected)).all()
 
 
 def test_a_decay_of_zero_is_the_last_step() -> None:

@@ -179,7 +179,7 @@ PATHS: dict[str, Callable[[Things], Any]] = {
     "refused: clip": lambda t: clip_grad_norm_([t.a, t.bad_loss], 1.0),
     "refused: clip overlap": lambda t: clip_grad_norm_([t.a, t.a], 1.0),
     "refused: clip nan": lambda t: clip_grad_norm_([t.a, t.nan], 1.0),
-    "refused: state": lambda t: t.trainer.load_state_dict(t.state | {"version": 2}),
+    "refused: state": lambda t: t.trainer.load_state_dict(t.state | {"version": 99}),
     "refused: bad history": lambda t: t.trainer.load_state_dict(t.state | {"history": {}}),
     "refused: apply": lambda t: t.adapter.apply(t.g),
     "refused: gradients": lambda t: t.adapter.gradients(t.x, t.g),

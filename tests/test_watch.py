@@ -211,6 +211,17 @@ def test_a_rollback_brings_the_last_good_state_back(what: str, state_dtype: str)
     assert len(trainer.training_history) == 15
 
 
+def test_the_beginning_is_where_the_first_applied_step_begins() -> None:
+    """Weights written after a first step was refused stay when the next one is rolled back."""
+    trainer, adapter = guarded("rollback")
+    with pytest.raises(NonFiniteGradientError):
+        trainer.step(1.0, adapter, np.full(adapter.param_count(), np.nan, np.float32))
+    adapter.flat.vector[:] += 1.0
+    written = adapter.flat.vector.copy()
+    assert trainer.step(math.inf, adapter, *make_pair()).skipped
+    assert np.array_equal(adapter.flat.vector, written)
+
+
 def test_a_rollback_goes_to_the_beginning_while_there_is_nothing_else() -> None:
     trainer, adapter = guarded("rollback", divergence_window=2)
     start = adapter.flat.vector.copy()

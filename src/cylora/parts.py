@@ -13,7 +13,7 @@ from cylora.errors import ConfigError
 from cylora.flat import Layout
 from cylora.patterns import Pattern
 
-__all__ = ["Part", "max_rate", "parts_of", "trained_sizes"]
+__all__ = ["Part", "max_rate", "parts_of", "trained_runs", "trained_sizes"]
 
 
 class Part(NamedTuple):
@@ -63,10 +63,15 @@ def parts_of(layout: Layout, config: LoraTrainingConfig) -> list[Part] | None:
     return None if parts == [Part(0, size, 1.0, config.weight_decay, has_own_decay=False)] else parts
 
 
-def trained_sizes(layout: Layout, config: LoraTrainingConfig) -> tuple[int, ...]:
-    """Return the sizes of the runs that are trained: those that have moments."""
+def trained_runs(layout: Layout, config: LoraTrainingConfig) -> list[tuple[int, int]]:
+    """Return (start, size) of the runs that are trained: those that have moments."""
     parts = parts_of(layout, config)
-    return (sum(math.prod(shape) for _, shape in layout),) if parts is None else tuple(part.size for part in parts)
+    return [(0, sum(math.prod(shape) for _, shape in layout))] if parts is None else [part[:2] for part in parts]
+
+
+def trained_sizes(layout: Layout, config: LoraTrainingConfig) -> tuple[int, ...]:
+    """Return the sizes of these runs."""
+    return tuple(size for _, size in trained_runs(layout, config))
 
 
 def max_rate(config: LoraTrainingConfig, parts: Sequence[Part] | None) -> float:

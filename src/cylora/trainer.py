@@ -302,7 +302,8 @@ class LoraTrainer:
 
     def current_lr(self) -> float:
         """Return the rate the next step will use."""
-        return check_rate(self._rate(self.total_steps()), max_rate(self.config, None))
+        rate, adam = self._rate(self.total_steps()), self._adam
+        return check_rate(rate, max_rate(self.config, None)) if adam is None else adam.to_rate(rate)
 
     def total_steps(self) -> int:
         """Return the number of steps done, skipped ones included."""

@@ -20,7 +20,7 @@ from cylora import checks
 from cylora.accumulation import Accumulation
 from cylora.adapter import AdapterSet, LoraAdapter
 from cylora.config import LoraTrainingConfig
-from cylora.errors import ConfigError, CyloraError, FormatError, InputError
+from cylora.errors import ConfigError, CyloraError, FormatError, InputError, StateError
 from cylora.flat import FloatArray, aligned_zeros
 from cylora.formats import generators
 from cylora.formats.checkpoint_facts import DIGEST, Facts, check_readable, describe, read_facts, training_config
@@ -31,6 +31,7 @@ from cylora.good_state import GoodState
 from cylora.history import STORED, TrainingHistory, TrainingStep
 from cylora.moments import Moments
 from cylora.optimizer import AdamState
+from cylora.parts import trained_runs
 from cylora.state import TrainerState, check_layout
 from cylora.trainer import LoraTrainer
 from cylora.watch import WatchState
@@ -145,6 +146,12 @@ def load_checkpoint(
         raise ConfigError(f"schedule must be given again, since {path} does not hold the function it was, got none")
     trainer = LoraTrainer(LoraTrainingConfig.from_dict(facts.training | changes), on_step=on_step)
     check_layout(state, adapters.flat.layout, trainer.config, f"{adapters!r}")  # before the first step would
+    saved, changed = (
+        trained_runs(adapters.flat.layout, config) for config in (training_config(facts.training), trainer.config)
+    )
+    if state.adam is not None and saved != changed:  # of equal sizes: moments of one matrix would become another's
+        rule = f"what the config trains must be what the saved one did, {saved} as (start, size)"
+        raise StateError(f"{rule}, got {changed}")
     trainer.adopt(state)
     return Checkpoint(trainer, adapters, facts.generation, rng, facts.extra)
 

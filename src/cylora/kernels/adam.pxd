@@ -12,6 +12,7 @@ cdef class PreparedAdam:
     cdef Gradient gradient          # what the caller lends, as one vector
     cdef Py_ssize_t n               # parameters, trained or not
     cdef float* parameters
+    cdef float* average             # of as many, or NULL
     cdef readonly bint busy
     cdef readonly bint reporting
     cdef bint skips
@@ -61,6 +62,7 @@ cdef class PreparedAdam:
     cdef object commit(self)
     cdef object refused(self)
     cdef int announce(self, object record) except -1
+    cdef void _begin_here(self) noexcept
     cdef int _prepare(self, object loss, object grad_a, object grad_b, bint accumulated) except -1
     cdef double _override(self, tuple overrides, int64_t step) except? -1.0
     cdef int _heed_guard(self) except -1

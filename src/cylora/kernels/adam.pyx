@@ -94,6 +94,7 @@ cdef class PreparedAdam:
         self._keep_apart(&parameters[0], 4 * self.n)
         if average is not None:
             self._keep_apart(&average[0], 4 * self.n)
+            self.average = &average[0]
         for i in range(self.task.count):
             self.task.parts[i].step.p = &parameters[self.task.parts[i].start]
             if average is not None:
@@ -353,7 +354,16 @@ cdef class PreparedAdam:
         _put(record, 4, exp(self.loss))
         _put(record, 5, False)
         self.record = record
+        if self.task.parts[0].t == 0:
+            self._begin_here()
         return 0
+
+    cdef void _begin_here(self) noexcept:
+        """Until a step is applied, the average and the state to go back to are those of the parameters as they are now."""
+        if self.average != NULL:
+            memcpy(self.average, self.parameters, self.n * sizeof(float))
+        if self.kept is not None:
+            self.kept.keep(0)
 
     cdef bint is_recordable(self) noexcept:
         """Whether the history is still as `begin` found it."""
