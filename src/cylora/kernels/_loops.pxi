@@ -10,7 +10,7 @@ Invariants that make the bits equal everywhere:
 """
 
 from libc.float cimport FLT_MIN
-from libc.math cimport INFINITY, sqrt, sqrtf
+from libc.math cimport INFINITY, sqrt
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 from cylora.kernels._loops cimport (
@@ -36,7 +36,6 @@ cdef extern from *:
     CYLORA_INLINE float cylora_float_of(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
     """
     uint32_t bits_of "cylora_bits_of"(float x) noexcept nogil
-    float float_of "cylora_float_of"(uint32_t bits) noexcept nogil
 
 include "_vectors.pxi"
 include "_moments.pxi"
