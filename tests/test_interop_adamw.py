@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import importlib
 import io
 import math
 import pickle
@@ -310,6 +311,43 @@ def test_hooks_are_called(torch: Any, adamw: Any, make: Any) -> None:
     optimizer.register_step_post_hook(lambda *_: seen.append("after"))
     train(torch, optimizer, params, range(1))
     assert seen == ["before", "after"]
+
+
+@pytest.mark.parametrize("which", ["pre", "post"])
+@pytest.mark.parametrize("whose", ["own", "everybody's"])
+def test_each_hook_alone_is_called_while_it_is_there(torch: Any, adamw: Any, make: Any, whose: str, which: str) -> None:
+    params, twins, seen = make(), make(), []
+    optimizer, plain = adamw(params), adamw(twins)
+    everybodys = importlib.import_module("torch.optim.optimizer")
+    owner, name = (optimizer, "step") if whose == "own" else (everybodys, "optimizer_step")
+    handle = getattr(owner, f"register_{name}_{which}_hook")(lambda who, *_: seen.append(who))
+    train(torch, optimizer, params, range(2))
+    handle.remove()
+    train(torch, optimizer, params, range(2, 4))
+    assert seen == [optimizer, optimizer]
+    train(torch, plain, twins, range(4))
+    assert bits(params) == bits(twins)
+
+
+def test_a_profiler_sees_the_step(torch: Any, adamw: Any, make: Any) -> None:
+    params = make()
+    optimizer = adamw(params)
+    train(torch, optimizer, params, range(1))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train(torch, optimizer, params, range(1, 3))
+    train(torch, optimizer, params, range(3, 4))
+    (found,) = (event for event in profile.key_averages() if event.key.startswith("Optimizer.step#"))
+    assert (found.key, found.count) == ("Optimizer.step#CyloraAdamW.step", 2)
+
+
+def test_parameters_of_a_group_may_be_a_tuple(torch: Any, adamw: Any, make: Any) -> None:
+    params, others = make(), make()
+    optimizer, plain = adamw(params), adamw(others)
+    train(torch, optimizer, params, range(1))
+    optimizer.param_groups[0]["params"] = tuple(optimizer.param_groups[0]["params"])
+    train(torch, optimizer, params, range(1, 3))
+    train(torch, plain, others, range(3))
+    assert bits(params) == bits(others)
 
 
 def test_autograd_notices_that_parameters_changed(torch: Any, adamw: Any, make: Any) -> None:
@@ -996,6 +1034,25 @@ def test_a_gradient_that_grew_into_a_parameter_is_refused(torch: Any, adamw: Any
     param.grad = memory[:16]
     with pytest.raises(InputError, match="gradient of parameter 0 of group 0 must not overlap"):
         optimizer.step()
+
+
+def test_a_gradient_that_moved_into_a_parameter_is_refused(torch: Any, adamw: Any) -> None:
+    """By one element, from between two parameters, where it was fine before."""
+    memory = torch.arange(12.0)
+    first, second = (torch.nn.Parameter(memory[start : start + 4]) for start in (0, 8))
+    optimizer = adamw([first, second], lr=0.1)
+    for _ in range(2):
+        first.grad = memory[4:8]
+        optimizer.step()
+    before = memory.clone()
+    for start in (3, 5, 0, 8):
+        first.grad = memory[start : start + 4]
+        with pytest.raises(InputError, match="gradient of parameter 0 of group 0 must not overlap a parameter"):
+            optimizer.step()
+        assert torch.equal(memory, before)
+    first.grad = memory[4:8]
+    optimizer.step()
+    assert not torch.equal(memory, before)
 
 
 def test_a_gradient_in_the_state_is_refused(torch: Any, adamw: Any, make: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from cylora import checks
 from cylora.config import LoraTrainingConfig
@@ -148,12 +149,23 @@ class CyloraAdamW(torch.optim.AdamW):
         NonFiniteGradientError, InputError, StateError, ConfigError, TrainerBusyError
             Nothing was written.
         """
+        return _step_among_hooks(self, closure) if self._is_watched() else self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined] # else torch would wrap it, as `_step_among_hooks` is
+
+    def _is_watched(self) -> bool:
+        """Return whether torch's wrapper of a step has anything to do. It takes a tenth of a small step."""
+        mine = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        everyones = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+        return bool(mine or everyones or torch.autograd.profiler._is_profiler_enabled)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         rules = [self._rule(index, group) for index, group in enumerate(self.param_groups)]
-        lists = [list(group["params"]) for group in self.param_groups]
+        lists = [p if isinstance(p := group["params"], list) else list(p) for group in self.param_groups]
         limit = norm_limit(self.max_grad_norm)
         tensors, done = self._tensors, None
         if tensors is not None:
@@ -184,6 +196,9 @@ class CyloraAdamW(torch.optim.AdamW):
             self._rule(index, group)
         super().__setstate__({**state, "state": defaultdict(dict, tensors.state)})
         self._tensors = tensors
+
+
+_step_among_hooks = torch.optim.Optimizer.profile_hook_step(CyloraAdamW._step)
 
 
 def _copied(option: Any) -> Any:

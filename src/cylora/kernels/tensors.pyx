@@ -10,7 +10,7 @@ from cpython.exc cimport PyErr_Clear
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.object cimport PyObject, PyTypeObject
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport UINTPTR_MAX, int64_t, uint64_t
 from libc.stdlib cimport calloc, free, qsort
 from cylora.kernels._dlpack cimport DLTensor, Exchange
 from cylora.kernels._fpenv cimport fp_enter, fp_leave
@@ -25,8 +25,12 @@ cdef extern from "Python.h":
 cdef extern from *:
     """
     #define cylora_reraise() (-1)
+    #define cylora_keys(dict) ((const char *) ((PyDictObject *) (dict))->ma_keys)
+    #define cylora_fetch(memory) __builtin_prefetch((memory), 0, 3)
     """
     int reraise "cylora_reraise"() except -1
+    const char* keys_of "cylora_keys"(PyObject* dict) noexcept
+    void fetch "cylora_fetch"(const void* memory) noexcept
 
 cdef enum:                  # of DLPack
     MAJOR = 1
@@ -37,6 +41,8 @@ cdef enum:                  # of DLPack
 cdef enum:
     GIL_SIZE = 8192         # elements up to which the GIL stays held, as in adam.pyx
     LAST_COUNT = 1 << 24    # a float32 counts no further: one more is rounded back
+    AHEAD = 8               # tensors between asking for the objects that belong to one and looking at them
+    LINE = 64               # bytes that a cache holds together
 
 cdef struct Slot:           # a tensor
     PyObject* tensor
@@ -47,7 +53,10 @@ cdef struct Slot:           # a tensor
     Py_ssize_t n
     Py_ssize_t group
     bint has_state          # in the optimizer's
-    const char* apart       # where its gradient lay last time, and was found to overlap nothing that is written
+    const char* gap         # memory that its gradient lay in last time, of which nothing is written
+    const char* gap_end
+    const char* keys        # where the entry's own keys and values were, to be fetched and not read: it may have moved
+    const char* descriptions[4]     # likewise, what the library keeps of the state's tensors and of the tensor itself
 
 cdef struct Region:         # memory that a step writes
     const char* start
@@ -99,6 +108,13 @@ cdef inline int _kind(const DLTensor* look) noexcept:
     if look.device_type != CPU or look.lanes != 1 or kind < 0:
         return -1
     return -1 if <size_t> _start(look) % (4 if kind == FLOAT32 else 2) else kind
+
+
+cdef inline void _fetch_description(const char* shape) noexcept:
+    """It is a few lines around the shape."""
+    fetch(shape - LINE)
+    fetch(shape)
+    fetch(shape + LINE)
 
 
 cdef class PreparedTensors:
@@ -156,6 +172,7 @@ cdef class PreparedTensors:
             slot.tensor, slot.entry, slot.group = <PyObject*> tensors[i], <PyObject*> entries[i], group_of[i]
             self._look(tensors[i], &look)
             slot.p, slot.n = _start(&look), _size(&look)
+            slot.keys, slot.descriptions[3] = keys_of(slot.entry), <const char*> look.shape
             if slot.n < 0 or _kind(&look) != FLOAT32:
                 raise ValueError("a tensor must be of float32 on the CPU without gaps")
             blocks += (slot.n + BLOCK - 1) // BLOCK
@@ -164,7 +181,7 @@ cdef class PreparedTensors:
             for j in range(3):
                 slot.state[j] = <PyObject*> state[j]
                 self._look(state[j], &look)
-                slot.places[j] = _start(&look)
+                slot.places[j], slot.descriptions[j] = _start(&look), <const char*> look.shape
                 if _kind(&look) != FLOAT32 or _size(&look) != (slot.n if j else 1):
                     raise ValueError("state must be float32 in its tensor's shape, the count of one element")
                 self._keep_apart(slot.places[j], 4 if j == 0 else 4 * slot.n)
@@ -252,6 +269,23 @@ cdef class PreparedTensors:
         self.order[self.n_linked] = i
         self.n_linked += 1
 
+    # After a backward pass these objects are in memory at best, and each leads to the next: a step would spend as long
+    # waiting for them, one after the other, as on its arithmetic.
+
+    cdef void _fetch_state(self, Py_ssize_t i) noexcept:
+        cdef Slot* slot = &self.slots[i]
+        cdef int j
+        fetch(slot.entry)
+        fetch(slot.keys)
+        fetch(slot.keys + LINE)
+        for j in range(3):
+            fetch(slot.state[j])
+            _fetch_description(slot.descriptions[j])
+
+    cdef void _fetch_tensor(self, Py_ssize_t i) noexcept:
+        fetch(self.slots[i].tensor)
+        _fetch_description(self.slots[i].descriptions[3])
+
     cdef bint _state_is_as_prepared(self, object state) except -1:
         """Whether ``state`` holds exactly what was linked, and that lies where it lay."""
         cdef PyObject* key
@@ -263,8 +297,13 @@ cdef class PreparedTensors:
         cdef int j
         if PyDict_Size(state) != self.n_linked:
             return False
+        for k in range(min(AHEAD, self.n_linked)):
+            self._fetch_state(self.order[k])
+        k = 0
         while PyDict_Next(state, &place, &key, &entry):
             slot = &self.slots[self.order[k]]
+            if k + AHEAD < self.n_linked:
+                self._fetch_state(self.order[k + AHEAD])
             k += 1
             if key != slot.tensor or entry != slot.entry or PyDict_Size(<object> entry) != 3:
                 return False
@@ -286,6 +325,9 @@ cdef class PreparedTensors:
         cdef Slot* slot
         if len(lists) != self.n_groups:
             return False
+        for i in range(min(AHEAD, self.count)):
+            self._fetch_tensor(i)
+        i = 0
         for g in range(self.n_groups):
             tensors = lists[g]
             for j in range(len(<list?> tensors)):
@@ -294,6 +336,8 @@ cdef class PreparedTensors:
                     return False
                 if PyList_GET_ITEM(tensors, j) != slot.tensor or slot.group != g:
                     return False
+                if i + AHEAD < self.count:
+                    self._fetch_tensor(i + AHEAD)
                 self._look(<object> slot.tensor, &look)
                 if _start(&look) != slot.p or _size(&look) != slot.n or _kind(&look) != FLOAT32:
                     return False
@@ -323,9 +367,8 @@ cdef class PreparedTensors:
             if kind < 0:
                 raise ValueError("packed must return a gradient of the tensor's shape without gaps")
         self.held.append(gradient)
-        if _start(&look) != slot.apart or kind != FLOAT32:
+        if _start(&look) < slot.gap or _start(&look) + 4 * slot.n > slot.gap_end:
             self._check_apart(i, _start(&look), slot.n * (4 if kind == FLOAT32 else 2))
-            slot.apart = _start(&look) if kind == FLOAT32 else NULL
         piece = &self.task.parts[i].step.gradient.pieces[0]
         piece.start, piece.kind = _start(&look), kind
         return 0
@@ -350,8 +393,11 @@ cdef class PreparedTensors:
                 low = middle + 1
             else:
                 high = middle
-        if low > 0 and self.regions[low - 1].start + self.regions[low - 1].n_bytes > start:
+        gap = self.regions[low - 1].start + self.regions[low - 1].n_bytes if low > 0 else NULL
+        if gap > start:
             self.overlapping(i)
+        self.slots[i].gap = gap
+        self.slots[i].gap_end = self.regions[low].start if low < self.n_regions else <const char*> UINTPTR_MAX
         return 0
 
     cdef int _take_rules(self, list rules) except -1:
