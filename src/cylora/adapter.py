@@ -129,6 +129,21 @@ class LoraAdapter:
         new.flat.vector[...] = vector
         return new
 
+    def over(self, vector: FloatArray) -> Self:
+        """Return an adapter like this one whose parameters are ``vector`` itself, A and then B; no copy is made.
+
+        Over read-only memory it can be applied, exported and copied, but not trained.
+
+        Parameters
+        ----------
+        vector : float32 array (parameters,), C-contiguous
+
+        Raises
+        ------
+        InputError   If ``vector`` breaks its rule.
+        """
+        return self._over(self.d_in, self.d_out, self.config, self.flat.over(vector))
+
     def __repr__(self) -> str:
         return f"LoraAdapter({self.d_in} -> {self.d_out}, rank {self.rank}, alpha {self.alpha:g})"
 
@@ -335,6 +350,17 @@ class AdapterSet(Mapping[str, LoraAdapter]):
         new = self.zeros({name: (one.d_in, one.d_out, one.config) for name, one in self.items()})
         new.origin = dict(self.origin)
         new.flat.vector[...] = vector
+        return new
+
+    def over(self, vector: FloatArray) -> Self:
+        """Return a set like this one whose parameters are ``vector`` itself, as `LoraAdapter.over` does."""
+        new = type(self).__new__(type(self))
+        new.flat, new.origin, new._members = self.flat.over(vector), dict(self.origin), {}
+        start = 0
+        for name, one in self.items():
+            stop = start + one.flat.vector.size
+            new._members[name] = one.over(new.flat.vector[start:stop])
+            start = stop
         return new
 
     def _copy(self, adapters: Mapping[str, LoraAdapter]) -> None:

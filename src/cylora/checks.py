@@ -19,6 +19,7 @@ __all__ = [
     "items",
     "matrix",
     "norm_limit",
+    "readable_vector",
     "real",
     "vector",
 ]
@@ -105,7 +106,19 @@ def matrix(name: str, value: Any, shape: tuple[int, ...], error: type[CyloraErro
 
 def vector(name: str, value: Any, size: int, error: type[CyloraError]) -> NDArray[np.float32]:
     """Return ``value`` if it is a writable, C-contiguous, aligned float32 ndarray (size,): memory for a kernel."""
-    checked = matrix(name, value, (size,), error)
+    return _in_a_row(name, matrix(name, value, (size,), error), error)
+
+
+def readable_vector(name: str, value: Any, size: int, error: type[CyloraError]) -> NDArray[np.float32]:
+    """Return ``value`` if it is a C-contiguous, aligned float32 ndarray (size,), which may be read-only."""
+    if not isinstance(value, np.ndarray) or value.dtype != np.float32 or value.shape != (size,):
+        is_array = isinstance(value, np.ndarray)
+        got = f"{value.dtype} of shape {value.shape}" if is_array else type(value).__name__
+        raise error(f"{name} must be a float32 array of shape {(size,)}, got {got}")
+    return _in_a_row(name, value.view(np.ndarray), error)
+
+
+def _in_a_row(name: str, checked: NDArray[np.float32], error: type[CyloraError]) -> NDArray[np.float32]:
     if not checked.flags.c_contiguous or not checked.flags.aligned:
         aligned = "aligned" if checked.flags.aligned else "misaligned"
         raise error(f"{name} must be C-contiguous and aligned, got {aligned} memory with strides {checked.strides}")

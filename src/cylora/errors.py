@@ -7,6 +7,7 @@ __all__ = [
     "FormatError",
     "InputError",
     "NonFiniteGradientError",
+    "PublishError",
     "StateError",
     "TaskError",
     "TrainerBusyError",
@@ -47,6 +48,10 @@ class TrainerBusyError(CyloraError, RuntimeError):
 
 class StateError(CyloraError, ValueError):
     """A state does not fit: another adapter than the bound one, or a state dict with wrong content."""
+
+
+class PublishError(CyloraError, RuntimeError):
+    """A snapshot was refused, by the publisher or by a server that was to load it. What was published before stays."""
 
 
 class FormatError(CyloraError, ValueError):

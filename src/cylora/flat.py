@@ -83,6 +83,9 @@ class FlatBuffer:
             self.vector = aligned_zeros(size, np.float32, phase=phase)
         else:
             self.vector = checks.vector("over", over, size, InputError)
+        self._lay_views()
+
+    def _lay_views(self) -> None:
         self._views: dict[str, FloatArray] = {}
         start = 0
         for name, shape in self.layout:
@@ -113,6 +116,23 @@ class FlatBuffer:
         """Return a zeroed FlatBuffer of the same layout."""
         new = FlatBuffer(self.layout)
         new.layout = self.layout  # the same object, so that comparing layouts is one comparison of addresses
+        return new
+
+    def over(self, vector: FloatArray) -> "FlatBuffer":
+        """Return a FlatBuffer of the same layout whose memory is ``vector``.
+
+        Parameters
+        ----------
+        vector : float32 array (sum of sizes,), C-contiguous. Where it is read-only, so are all views.
+
+        Raises
+        ------
+        InputError   If ``vector`` breaks its rule.
+        """
+        new = FlatBuffer.__new__(FlatBuffer)  # the layout is checked: doing it again would take most of the time
+        new.layout = self.layout
+        new.vector = checks.readable_vector("vector", vector, self.vector.size, InputError)
+        new._lay_views()
         return new
 
     def locate(self, index: int) -> tuple[str, tuple[int, ...]]:

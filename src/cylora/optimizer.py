@@ -239,6 +239,9 @@ class Adam(PreparedAdam):
         state: AdamState | None = None,
         ema: FloatArray | None = None,
     ) -> None:
+        if not flat.vector.flags.writeable:
+            hint = "a snapshot's; adapters.with_parameters(vector) copies one"
+            raise InputError(f"parameters must be writable to be trained, got read-only memory ({hint})")
         self._flat, self._config = flat, config
         self._parts = parts_of(flat.layout, config)
         self._max_rate = max_rate(config, self._parts)

@@ -30,6 +30,7 @@ from cylora.errors import InputError
 __all__ = [
     "LATEST",
     "Content",
+    "check_name",
     "content_digest",
     "create_directory",
     "directory_digest",
@@ -124,8 +125,7 @@ def publish_directory(
     InputError   If an argument breaks its rule, or the version is published with other content.
     OSError      As the system reports it; ``latest`` points to the old version or the new one.
     """
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise InputError(f"name must match {NAME.pattern}, got {name!r}")
+    name = check_name(name)
     version = checks.integer("version", version, 0, MAX_VERSION, InputError)
     keep = None if keep is None else checks.integer("keep (if not None)", keep, 1, error=InputError)
     _check_names(files)
@@ -147,6 +147,13 @@ def publish_directory(
         if taken:
             _remove_directory(temporary, parent)
     return folder / final
+
+
+def check_name(name: object) -> str:
+    """Return a name that `publish_directory` takes; InputError if it is none."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise InputError(f"name must match {NAME.pattern}, got {name!r}")
+    return name
 
 
 def published(root: str | os.PathLike[str], name: str) -> list[Path]:

@@ -1,0 +1,6 @@
+"""Training inside a server that is answering requests: published snapshots for those who serve while others train."""
+
+from cylora.serving.publisher import AdapterPublisher
+from cylora.serving.snapshot import AdapterSnapshot
+
+__all__ = ["AdapterPublisher", "AdapterSnapshot"]

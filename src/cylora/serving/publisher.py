@@ -1,0 +1,307 @@
+"""AdapterPublisher: hands whole, unchanging versions of adapters to readers while these adapters are trained."""
+
+import contextlib
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, TypeVar
+
+import numpy as np
+
+from cylora import checks
+from cylora.adapter import AdapterSet, LoraAdapter
+from cylora.errors import ConfigError, InputError, PublishError, StateError, TrainerBusyError
+from cylora.flat import FloatArray
+from cylora.formats.durable import check_name
+from cylora.optimizer import grad_norm
+from cylora.serving.lending import Lending
+from cylora.serving.snapshot import AdapterSnapshot
+from cylora.state import TrainerState
+from cylora.trainer import LoraTrainer
+
+__all__ = ["AdapterPublisher", "Hook"]
+
+logger = logging.getLogger("cylora")
+
+Hook = Callable[[AdapterSnapshot, Path | None], object]
+FIRST_PAUSE, LONGEST_PAUSE = 2e-5, 1e-3  # seconds between looks at a busy trainer
+_Result = TypeVar("_Result")
+
+
+class PublishMetrics(Protocol):
+    """Who is told of each version and each refusal, by the publisher's name."""
+
+    def published(self, tenant: str, version: int) -> object:
+        """Count a version."""
+        ...
+
+    def refused(self, tenant: str) -> object:
+        """Count a snapshot that was refused."""
+        ...
+
+
+class AdapterPublisher:
+    """Publish versions of adapters that are being trained: each whole, unchanging, and numbered upwards.
+
+    Parameters
+    ----------
+    adapters : LoraAdapter or AdapterSet
+        Read at every `publish`, never written. They stay private to their trainer.
+    trainer : LoraTrainer, optional
+        The one that steps them: `publish` copies between two of its steps. Without one the caller sees to it that
+        nobody writes to ``adapters`` during `publish`.
+    keep : int >= 1
+        How many versions `get` and `rollback` can reach, the latest included.
+    max_norm_ratio : float >= 1, optional
+        A snapshot whose norm is more than this times the latest one's is refused.
+    name : str
+        What versions are called on disk: letters, digits, ``.``, ``_`` and ``-``, at most 100.
+    ema : bool
+        Publish the trainer's average of the weights (``ema_decay`` in its config) instead of the weights.
+    metrics : optional
+        Told of each version (``published(name, version)``) and each refusal (``refused(name)``).
+
+    Attributes
+    ----------
+    latest : AdapterSnapshot or None
+        The version to serve; None before the first. A plain attribute: reading it takes no lock and never waits. A
+        reader takes it once for each request and keeps what it took.
+    last_hook_error : str or None
+        What the hooks raised when the last version was announced; None if they raised nothing.
+
+    Raises
+    ------
+    ConfigError, InputError, StateError
+        If a parameter breaks its rule or the trainer belongs to other adapters.
+
+    Notes
+    -----
+    Any number of threads may publish; they take turns. A forked child may go on publishing on its own, with versions
+    that count on from those at the fork.
+    """
+
+    def __init__(
+        self,
+        adapters: LoraAdapter | AdapterSet,
+        trainer: LoraTrainer | None = None,
+        *,
+        keep: int = 2,
+        max_norm_ratio: float | None = None,
+        name: str = "adapter",
+        ema: bool = False,
+        metrics: PublishMetrics | None = None,
+    ) -> None:
+        if not isinstance(adapters, (LoraAdapter, AdapterSet)):
+            raise InputError(f"adapters must be a LoraAdapter or an AdapterSet, got {type(adapters).__name__}")
+        if not isinstance(trainer, LoraTrainer | None):
+            raise InputError(f"trainer must be a LoraTrainer or None, got {type(trainer).__name__}")
+        if ema and (trainer is None or trainer.config.ema_decay is None):
+            raise ConfigError("ema must be False without a trainer that has ema_decay in its config, got True")
+        self._keep = checks.integer("keep", keep, 1)
+        self.max_norm_ratio = max_norm_ratio
+        self.name = check_name(name)
+        self._adapters, self._trainer, self._ema, self._metrics = adapters, trainer, bool(ema), metrics
+        self._lending = Lending(adapters.flat.vector.size)
+        self._kept: dict[int, AdapterSnapshot] = {}  # never changed, only replaced: readers look without a lock
+        self._last_version = 0
+        self._counts = dict.fromkeys(("published", "refused", "rolled_back", "hook_errors"), 0)
+        self._hooks: tuple[Hook, ...] = ()
+        self._announcing_process: int | None = None
+        self._locks: dict[int, threading.RLock] = {}  # by process: after a fork, who held one may not exist any more
+        self.latest: AdapterSnapshot | None = None
+        self.last_hook_error: str | None = None
+        self._between_steps(lambda _: None, 10.0)
+
+    # ------------------------------------------------------------------ publishing
+
+    def publish(self, *, timeout: float = 10.0) -> AdapterSnapshot:
+        """Copy the adapters as they are between two steps, make the copy the latest version, and return it.
+
+        Parameters
+        ----------
+        timeout : float >= 0, seconds
+            How long to wait for a step under way in another thread. A step that another thread tries during the copy
+            is refused as busy and changes nothing: best publish from the thread that steps.
+
+        Raises
+        ------
+        PublishError
+            If a parameter is not finite or the norm jumped. The latest version stays.
+        TrainerBusyError
+            If the trainer was busy all the time. The latest version stays.
+        StateError
+            If a hook called this, or the process was forked during a step.
+        """
+        timeout = checks.real("timeout", timeout, ">= 0", lambda x: x >= 0, InputError)
+        with self._turn():
+            snapshot = self._published(timeout, self._last_version + 1)
+            self._announce(snapshot, None)
+        return snapshot
+
+    def rollback(self, version: int) -> AdapterSnapshot:
+        """Publish the content of a kept version again, as a new version, and return that.
+
+        A new number, since numbers only rise for readers and servers cache by name; `AdapterSnapshot.restored_from` has
+        the old one. Nothing is copied, and the adapters that are being trained stay as they are: to train on from
+        there, write ``snapshot.vector`` into them, within ``trainer.hold``.
+
+        Raises
+        ------
+        InputError   If the version is not kept.
+        """
+        with self._turn():
+            snapshot = self.get(version).republished(self._last_version + 1)
+            self._swap_in(snapshot)
+            self._counts["rolled_back"] += 1
+            self._announce(snapshot, None)
+        return snapshot
+
+    # ------------------------------------------------------------------ reading
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """The versions that are kept, oldest first."""
+        return tuple(self._kept)
+
+    def get(self, version: int) -> AdapterSnapshot:
+        """Return a kept version; InputError if it is not kept."""
+        kept = self._kept
+        version = checks.integer("version", version, 0, error=InputError)
+        if version not in kept:
+            raise InputError(f"version must be one of those kept, {', '.join(map(str, kept)) or 'none'}, got {version}")
+        return kept[version]
+
+    @property
+    def max_norm_ratio(self) -> float | None:
+        """How many times the latest version's norm the next one's may be; None is no limit. May be set."""
+        return self._max_norm_ratio
+
+    @max_norm_ratio.setter
+    def max_norm_ratio(self, value: float | None) -> None:
+        if value is not None:
+            value = checks.real("max_norm_ratio (if not None)", value, ">= 1", lambda x: x >= 1)
+        self._max_norm_ratio = value
+
+    def counters(self) -> dict[str, int]:
+        """Return how many versions were published (those of a rollback too), refused, rolled back; errors of hooks.
+
+        ``buffers`` is how many vectors were ever made: at full rate it stays at ``keep`` and one, and one more for each
+        version that readers hold beyond those.
+        """
+        return self._counts | {"buffers": self._lending.allocated}
+
+    # ------------------------------------------------------------------ hooks
+
+    def add_hook(self, hook: Hook) -> None:
+        """Call ``hook(snapshot, path)`` after each version, in order; ``path`` is its directory or None.
+
+        It runs in the thread that publishes, which waits for it; readers do not. What it raises is logged (logger
+        ``cylora``), counted and kept as ``last_hook_error``: the version stands, and so do the other hooks. A hook must
+        not publish.
+        """
+        if not callable(hook):
+            raise InputError(f"hook must be callable, got {type(hook).__name__}")
+        with self._turn():
+            self._hooks = (*self._hooks, hook)
+
+    def remove_hook(self, hook: Hook) -> None:
+        """Call this hook no more; InputError if it was not added."""
+        with self._turn():
+            if hook not in self._hooks:
+                raise InputError(f"hook must be one that was added, got {hook!r}")
+            self._hooks = tuple(one for one in self._hooks if one != hook)
+
+    # ------------------------------------------------------------------ parts
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Let one thread change things at a time; a hook, inside its publisher's turn, is refused."""
+        process = os.getpid()
+        with self._locks.setdefault(process, threading.RLock()):
+            if self._announcing_process == process:
+                raise StateError("this publisher is announcing a version: a hook must not change it or publish")
+            yield
+
+    def _published(self, timeout: float, version: int) -> AdapterSnapshot:
+        memory = self._lending.take()
+
+        def copy(state: TrainerState | None) -> int | None:
+            average = state.ema if state is not None and self._ema else None  # before the first step it is the weights
+            np.copyto(memory, self._adapters.flat.vector if average is None else average)
+            return None if state is None else state.history.total_steps
+
+        try:
+            step = self._between_steps(copy, timeout)
+            norm = grad_norm([memory])
+            self._check(memory, norm)
+        except BaseException:
+            self._lending.give_back(memory)
+            raise
+        snapshot = AdapterSnapshot(version, step, self._adapters.over(self._lending.lend(memory)), norm)
+        self._swap_in(snapshot)
+        return snapshot
+
+    def _between_steps(self, function: Callable[[TrainerState | None], _Result], timeout: float) -> _Result:
+        """Call ``function`` while no step is under way, after waiting for one that is."""
+        if self._trainer is None:
+            return function(None)
+        deadline, pause = time.monotonic() + timeout, FIRST_PAUSE
+        while True:
+            try:
+                return self._trainer.hold(self._adapters, function)
+            except TrainerBusyError:
+                if time.monotonic() >= deadline:
+                    raise
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _check(self, memory: FloatArray, norm: float) -> None:
+        latest, limit = self.latest, self._max_norm_ratio
+        stays = "none is published yet" if latest is None else f"version {latest.version} stays"
+        if not math.isfinite(norm):
+            index = checks.first_nonfinite(memory)
+            name, place = self._adapters.flat.locate(index or 0)
+            where = f"{memory[index]} at [{', '.join(map(str, place))}]"
+            self._refuse(f"{name} must be finite to be published, got {where}; {stays}")
+        if latest is not None and limit is not None and latest.norm > 0 and norm > limit * latest.norm:
+            rule = f"the norm must be at most {limit:g} times that of version {latest.version}, {latest.norm:.9g}"
+            self._refuse(f"{rule}, to be published, got {norm:.9g}; {stays}")
+
+    def _refuse(self, message: str) -> NoReturn:
+        self._counts["refused"] += 1
+        if self._metrics is not None:
+            self._metrics.refused(self.name)
+        raise PublishError(message)
+
+    def _swap_in(self, snapshot: AdapterSnapshot) -> None:
+        # In this order, whatever a reader takes as the latest is among those kept.
+        kept = self._kept | {snapshot.version: snapshot}
+        self._last_version, self._kept = snapshot.version, kept
+        self.latest = snapshot
+        self._kept = dict(list(kept.items())[-self._keep :])
+        self._counts["published"] += 1
+        if self._metrics is not None:
+            self._metrics.published(self.name, snapshot.version)
+
+    def _announce(self, snapshot: AdapterSnapshot, path: Path | None) -> None:
+        errors = []
+        self._announcing_process = os.getpid()
+        try:
+            for hook in self._hooks:
+                try:
+                    hook(snapshot, path)
+                except Exception as error:
+                    self._counts["hook_errors"] += 1
+                    logger.exception("hook %r of version %d of %s", hook, snapshot.version, self.name)
+                    # As text: an exception keeps the frames it came through, and with them the snapshot's memory.
+                    errors.append(f"version {snapshot.version}: {type(error).__name__}: {error}")
+        finally:
+            self._announcing_process = None
+        self.last_hook_error = "; ".join(errors) or None
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an AdapterPublisher is not copied or pickled: its readers are in this process")
