@@ -28,7 +28,7 @@ from cylora.formats import durable, portable, strict_json
 from cylora.formats.container import read_regular
 from cylora.formats.weights import check_finite, narrowed
 
-__all__ = ["FAMILIES", "BaseModel", "Family", "gguf_bytes", "save_gguf"]
+__all__ = ["FAMILIES", "BaseConfig", "BaseModel", "Family", "gguf_bytes", "save_gguf"]
 
 MAX_LAYERS = 1000  # the package makes a table of some 270 names for each
 MIN_ALPHA = float(np.finfo(np.float32).tiny)

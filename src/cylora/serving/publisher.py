@@ -1,7 +1,6 @@
 """AdapterPublisher: hands whole, unchanging versions of adapters to readers while these adapters are trained."""
 
 import contextlib
-import logging
 import math
 import os
 import threading
@@ -14,20 +13,19 @@ import numpy as np
 
 from cylora import checks
 from cylora.adapter import AdapterSet, LoraAdapter
-from cylora.errors import ConfigError, InputError, PublishError, StateError, TrainerBusyError
+from cylora.errors import ConfigError, InputError, PublishError, TrainerBusyError
 from cylora.flat import FloatArray
-from cylora.formats.durable import check_name
+from cylora.formats.durable import check_name, publish_directory, published
 from cylora.optimizer import grad_norm
+from cylora.serving.announcing import Announcing, Hook
 from cylora.serving.lending import Lending
 from cylora.serving.snapshot import AdapterSnapshot
+from cylora.serving.version_files import BaseConfig, version_files
 from cylora.state import TrainerState
 from cylora.trainer import LoraTrainer
 
-__all__ = ["AdapterPublisher", "Hook"]
+__all__ = ["AdapterPublisher"]
 
-logger = logging.getLogger("cylora")
-
-Hook = Callable[[AdapterSnapshot, Path | None], object]
 FIRST_PAUSE, LONGEST_PAUSE = 2e-5, 1e-3  # seconds between looks at a busy trainer
 _Result = TypeVar("_Result")
 
@@ -70,8 +68,6 @@ class AdapterPublisher:
     latest : AdapterSnapshot or None
         The version to serve; None before the first. A plain attribute: reading it takes no lock and never waits. A
         reader takes it once for each request and keeps what it took.
-    last_hook_error : str or None
-        What the hooks raised when the last version was announced; None if they raised nothing.
 
     Raises
     ------
@@ -108,12 +104,10 @@ class AdapterPublisher:
         self._lending = Lending(adapters.flat.vector.size)
         self._kept: dict[int, AdapterSnapshot] = {}  # never changed, only replaced: readers look without a lock
         self._last_version = 0
-        self._counts = dict.fromkeys(("published", "refused", "rolled_back", "hook_errors"), 0)
-        self._hooks: tuple[Hook, ...] = ()
-        self._announcing_process: int | None = None
+        self._counts = dict.fromkeys(("published", "refused", "rolled_back"), 0)
+        self._announcing = Announcing()
         self._locks: dict[int, threading.RLock] = {}  # by process: after a fork, who held one may not exist any more
         self.latest: AdapterSnapshot | None = None
-        self.last_hook_error: str | None = None
         self._between_steps(lambda _: None, 10.0)
 
     # ------------------------------------------------------------------ publishing
@@ -138,9 +132,72 @@ class AdapterPublisher:
         """
         timeout = checks.real("timeout", timeout, ">= 0", lambda x: x >= 0, InputError)
         with self._turn():
-            snapshot = self._published(timeout, self._last_version + 1)
-            self._announce(snapshot, None)
+            snapshot = self._taken(timeout, self._last_version + 1)
+            self._swap_in(snapshot)
+            self._announcing.announce(self.name, snapshot, None)
         return snapshot
+
+    def publish_to(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        version: int | None = None,
+        format: str = "peft",  # noqa: A002 - what everybody calls it
+        dtype: str = "float32",
+        base_config: BaseConfig | None = None,
+        keep: int | None = None,
+        timeout: float = 10.0,
+    ) -> Path:
+        """Publish as `publish` does, and to disk: ``directory/<name>@v<version>-<hash>``, to which ``latest`` points.
+
+        The files are in place before the version is the latest in memory and the hooks are told of it. On an error it
+        is neither. A new process counts on from the versions that are in the directory.
+
+        Parameters
+        ----------
+        directory : an existing directory, for one publisher of each name.
+        version : int, optional
+            Write this kept version instead of a new one; after a `rollback`, say. If it is there already, ``latest``
+            points to it again.
+        format : "peft" or "gguf"
+            What a PEFT directory holds, or ``adapter.gguf``. Both need an AdapterSet, whose names are those of modules.
+        dtype : "float32", "float16" or "bfloat16"
+        base_config : mapping or path
+            Of the base model, as for `cylora.formats.save_gguf`; with "gguf" alone.
+        keep : int >= 1, optional
+            Remove all versions but the ``keep`` published last: keep more than are published while a server loads one.
+        timeout : float >= 0, seconds
+            As for `publish`.
+
+        Returns
+        -------
+        Path
+            The version's directory.
+
+        Raises
+        ------
+        PublishError, TrainerBusyError, StateError
+            As `publish` does.
+        InputError, ConfigError, FormatError
+            If an argument breaks its rule, or the adapters do not fit the format.
+        OSError
+            If it cannot be written.
+        """
+        timeout = checks.real("timeout", timeout, ">= 0", lambda x: x >= 0, InputError)
+        with self._turn():
+            if version is None:
+                on_disk = [
+                    int(found.name.rpartition("@v")[2].partition("-")[0]) for found in published(directory, self.name)
+                ]
+                snapshot = self._taken(timeout, max(self._last_version, *on_disk, 0) + 1)
+            else:
+                snapshot = self.get(version)
+            files = version_files(snapshot, format, dtype, base_config)
+            path = publish_directory(directory, self.name, snapshot.version, files, keep=keep)
+            if version is None:
+                self._swap_in(snapshot)
+            self._announcing.announce(self.name, snapshot, path)
+        return path
 
     def rollback(self, version: int) -> AdapterSnapshot:
         """Publish the content of a kept version again, as a new version, and return that.
@@ -157,7 +214,7 @@ class AdapterPublisher:
             snapshot = self.get(version).republished(self._last_version + 1)
             self._swap_in(snapshot)
             self._counts["rolled_back"] += 1
-            self._announce(snapshot, None)
+            self._announcing.announce(self.name, snapshot, None)
         return snapshot
 
     # ------------------------------------------------------------------ reading
@@ -192,7 +249,7 @@ class AdapterPublisher:
         ``buffers`` is how many vectors were ever made: at full rate it stays at ``keep`` and one, and one more for each
         version that readers hold beyond those.
         """
-        return self._counts | {"buffers": self._lending.allocated}
+        return self._counts | {"hook_errors": self._announcing.errors, "buffers": self._lending.allocated}
 
     # ------------------------------------------------------------------ hooks
 
@@ -203,30 +260,30 @@ class AdapterPublisher:
         ``cylora``), counted and kept as ``last_hook_error``: the version stands, and so do the other hooks. A hook must
         not publish.
         """
-        if not callable(hook):
-            raise InputError(f"hook must be callable, got {type(hook).__name__}")
         with self._turn():
-            self._hooks = (*self._hooks, hook)
+            self._announcing.add(hook)
 
     def remove_hook(self, hook: Hook) -> None:
         """Call this hook no more; InputError if it was not added."""
         with self._turn():
-            if hook not in self._hooks:
-                raise InputError(f"hook must be one that was added, got {hook!r}")
-            self._hooks = tuple(one for one in self._hooks if one != hook)
+            self._announcing.remove(hook)
+
+    @property
+    def last_hook_error(self) -> str | None:
+        """What hooks raised when the last version was announced; None if they raised nothing."""
+        return self._announcing.last_error
 
     # ------------------------------------------------------------------ parts
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
         """Let one thread change things at a time; a hook, inside its publisher's turn, is refused."""
-        process = os.getpid()
-        with self._locks.setdefault(process, threading.RLock()):
-            if self._announcing_process == process:
-                raise StateError("this publisher is announcing a version: a hook must not change it or publish")
+        with self._locks.setdefault(os.getpid(), threading.RLock()):
+            self._announcing.require_none()
             yield
 
-    def _published(self, timeout: float, version: int) -> AdapterSnapshot:
+    def _taken(self, timeout: float, version: int) -> AdapterSnapshot:
+        """Return a copy of the adapters that may be published."""
         memory = self._lending.take()
 
         def copy(state: TrainerState | None) -> int | None:
@@ -241,9 +298,7 @@ class AdapterPublisher:
         except BaseException:
             self._lending.give_back(memory)
             raise
-        snapshot = AdapterSnapshot(version, step, self._adapters.over(self._lending.lend(memory)), norm)
-        self._swap_in(snapshot)
-        return snapshot
+        return AdapterSnapshot(version, step, self._adapters.over(self._lending.lend(memory)), norm)
 
     def _between_steps(self, function: Callable[[TrainerState | None], _Result], timeout: float) -> _Result:
         """Call ``function`` while no step is under way, after waiting for one that is."""
@@ -286,22 +341,6 @@ class AdapterPublisher:
         self._counts["published"] += 1
         if self._metrics is not None:
             self._metrics.published(self.name, snapshot.version)
-
-    def _announce(self, snapshot: AdapterSnapshot, path: Path | None) -> None:
-        errors = []
-        self._announcing_process = os.getpid()
-        try:
-            for hook in self._hooks:
-                try:
-                    hook(snapshot, path)
-                except Exception as error:
-                    self._counts["hook_errors"] += 1
-                    logger.exception("hook %r of version %d of %s", hook, snapshot.version, self.name)
-                    # As text: an exception keeps the frames it came through, and with them the snapshot's memory.
-                    errors.append(f"version {snapshot.version}: {type(error).__name__}: {error}")
-        finally:
-            self._announcing_process = None
-        self.last_hook_error = "; ".join(errors) or None
 
     def __reduce__(self) -> Any:
         raise TypeError("an AdapterPublisher is not copied or pickled: its readers are in this process")

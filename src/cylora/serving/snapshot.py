@@ -52,7 +52,7 @@ class AdapterSnapshot:
 
     @property
     def vector(self) -> FloatArray:
-        """All parameters in the order of ``adapters.flat.layout``: float32 (parameters,), read-only, 64-byte aligned."""
+        """All parameters in the adapters' order, float32 (parameters,), read-only, 64-byte aligned."""
         return self.adapters.flat.vector
 
     @property
@@ -64,7 +64,7 @@ class AdapterSnapshot:
         """
         if self._content_hash is None:  # two threads may both compute it: to the same result
             digest = hashlib.sha256(json.dumps(_description(self.adapters)).encode())
-            digest.update(memoryview(self.vector))
+            digest.update(self.vector.data)
             object.__setattr__(self, "_content_hash", digest.hexdigest())
         return self._content_hash  # type: ignore[return-value]
 
