@@ -587,3 +587,39 @@ def test_a_copied_set_and_its_gradients_stay_one_vector(copied) -> None:
         assert np.shares_memory(twin_gradients[name].grad_a, twin_gradients.vector)
     twin_gradients.zero_()
     assert gradients.vector.any()
+
+
+# ------------------------------------------------------------------ over other memory
+
+
+def test_an_adapter_over_other_memory_is_the_same_one_with_those_parameters() -> None:
+    adapter = make_adapter(use_rslora=True)
+    memory = np.random.default_rng(3).normal(size=adapter.param_count()).astype(np.float32)
+    other = adapter.over(memory)
+    assert type(other) is LoraAdapter
+    assert (other.d_in, other.d_out, other.config, other.scaling) == (6, 5, adapter.config, adapter.scaling)
+    assert np.array_equal(other.flat.vector, memory)
+    other.b_matrix[4, 2] = 7
+    assert memory[-1] == 7
+    x = np.ones(6, np.float32)
+    assert same_bits(other.apply(x), adapter.with_parameters(memory).apply(x))
+
+
+def test_a_set_over_other_memory_is_the_same_one_with_those_parameters() -> None:
+    adapters = make_set()
+    adapters.origin["task_type"] = "CAUSAL_LM"
+    memory = np.random.default_rng(3).normal(size=adapters.param_count()).astype(np.float32)
+    other = adapters.over(memory)
+    assert type(other) is AdapterSet
+    assert list(other) == list(adapters)
+    assert other.origin == adapters.origin
+    assert other.flat.layout == adapters.flat.layout
+    expected = adapters.with_parameters(memory)
+    for name, one in expected.items():
+        assert same_bits(other[name].flat.vector, one.flat.vector)
+        assert other[name].config == one.config
+        assert np.shares_memory(other[name].b_matrix, memory)
+    with pytest.raises(
+        InputError, match=r"vector must be a float32 array of shape \(54,\), got float32 of shape \(53,\)"
+    ):
+        adapters.over(memory[:-1])

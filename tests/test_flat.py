@@ -65,6 +65,47 @@ def test_over_is_checked(over: object, message: str) -> None:
         FlatBuffer(LAYOUT, over=over)
 
 
+@pytest.mark.parametrize("is_writable", [True, False])
+def test_the_method_over_lays_the_same_views_over_other_memory(is_writable: bool) -> None:
+    flat, memory = FlatBuffer(LAYOUT), np.arange(SIZE, dtype=np.float32)
+    memory.flags.writeable = is_writable
+    other = flat.over(memory)
+    assert other.layout is flat.layout
+    assert list(other) == list(flat)
+    assert other.vector.ctypes.data == memory.ctypes.data
+    for name, shape in LAYOUT:
+        assert other[name].shape == shape
+        assert other[name].flags.writeable == is_writable
+    assert other["w"].tolist() == [[[12, 13], [14, 15]]]
+    assert not flat.vector.any()
+    copied = copy.deepcopy(other)  # a copy is new memory
+    copied.vector[0] = 99
+    assert other["x"][0, 0] == 0
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        (np.zeros(5, np.float32), r"vector must be a float32 array of shape \(16,\), got float32 of shape \(5,\)"),
+        (
+            np.zeros((16, 1), np.float32),
+            r"vector must be a float32 array of shape \(16,\), got float32 of shape \(16, 1\)",
+        ),
+        (np.zeros(16), r"vector must be a float32 array of shape \(16,\), got float64 of shape \(16,\)"),
+        (np.zeros(16, ">f4"), r"vector must be a float32 array of shape \(16,\), got >f4 of shape \(16,\)"),
+        ([0.0] * 16, r"vector must be a float32 array of shape \(16,\), got list"),
+        (
+            np.zeros(32, np.float32)[::2],
+            r"vector must be C-contiguous and aligned, got aligned memory with strides \(8,\)",
+        ),
+        (np.zeros(65, np.uint8)[1:].view(np.float32), "vector must be C-contiguous and aligned, got misaligned memory"),
+    ],
+)
+def test_the_method_over_checks_the_memory(over: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        FlatBuffer(LAYOUT).over(over)
+
+
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
