@@ -29,7 +29,7 @@ SECTIONS = (
         "Errors",
         "cylora",
         "CyloraError ConfigError InputError NonFiniteGradientError DivergenceError StateError TrainerBusyError "
-        "FormatError TaskError",
+        "PublishError FormatError TaskError",
     ),
     ("Adapter files", "cylora.formats", "save_peft load_peft peft_files save_gguf gguf_bytes"),
     (
@@ -38,6 +38,7 @@ SECTIONS = (
         "save_checkpoint load_checkpoint Checkpoint save_generation load_generation list_generations",
     ),
     ("Publishing", "cylora.formats", "publish_directory published replace_file"),
+    ("Serving", "cylora.serving", "AdapterPublisher AdapterSnapshot vllm_hook"),
     ("Looking at files", "cylora.formats", "inspect verify"),
     ("What they return", "cylora.formats.inspection", "Inspected Verdict"),
     ("The log for Hugging Face's tools", "cylora.formats", "save_trainer_state trainer_state"),
@@ -45,7 +46,8 @@ SECTIONS = (
     ("torch and PEFT", "cylora.integrations.torch", "CyloraAdamW wrap_peft_model wrap_peft_gradients"),
     ("Tasks for `cylora train`", "cylora.tasks.protocol", "Task TaskFactory"),
 )
-COMPLETE = ("cylora", "cylora.formats", "cylora.integrations.torch")  # every name in their __all__ must be above
+# Every name in their __all__ must be above.
+COMPLETE = ("cylora", "cylora.formats", "cylora.serving", "cylora.integrations.torch")
 # Not underscored because other modules of cylora call them; nobody else should.
 INTERNAL = {
     "Adam": {"for_training", "keep_good", "overridden", "refusal", "state", "to_loss", "to_rate", "too_fast"},

@@ -248,7 +248,7 @@ def test_names_in_the_text_exist():
                 assert exists(dotted), f"{named(page)} names {dotted}"
         for name in re.findall(r"`([A-Z][a-z]+[A-Z]\w+)", prose_of(page)):
             seen += 1
-            places = ("cylora", "cylora.formats", "cylora.tasks.protocol", "cylora.trackers")
+            places = ("cylora", "cylora.formats", "cylora.serving", "cylora.tasks.protocol", "cylora.trackers")
             is_known = name in OF_OTHERS | WITH_TORCH or any(exists(f"{place}.{name}") for place in places)
             assert is_known, f"{named(page)}: {name}"
         for path in re.findall(r"(?<![\w/])((?:bench|tests|src)/[\w/]+\.\w+)", prose_of(page)):

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -211,7 +212,7 @@ class AdapterPublisher:
         InputError   If the version is not kept.
         """
         with self._turn():
-            snapshot = self.get(version).republished(self._last_version + 1)
+            snapshot = replace(self.get(version), version=self._last_version + 1, restored_from=version)
             self._swap_in(snapshot)
             self._counts["rolled_back"] += 1
             self._announcing.announce(self.name, snapshot, None)

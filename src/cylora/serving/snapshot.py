@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn, Self
+from dataclasses import dataclass, field
+from typing import NoReturn, Self
 
 from cylora.adapter import AdapterSet, LoraAdapter
 from cylora.errors import InputError
@@ -63,14 +63,10 @@ class AdapterSnapshot:
         as long as the copy (2.3 ms for a million parameters, without the GIL).
         """
         if self._content_hash is None:  # two threads may both compute it: to the same result
-            digest = hashlib.sha256(json.dumps(_description(self.adapters)).encode())
+            digest = hashlib.sha256(_description(self.adapters).encode())
             digest.update(self.vector.data)
             object.__setattr__(self, "_content_hash", digest.hexdigest())
         return self._content_hash  # type: ignore[return-value]
-
-    def republished(self, version: int) -> Self:
-        """Return the same content, over the same memory, as another version."""
-        return replace(self, version=version, restored_from=self.version)
 
     def __copy__(self) -> Self:
         return self
@@ -82,6 +78,13 @@ class AdapterSnapshot:
         raise TypeError("an AdapterSnapshot is not pickled: send its adapters, which arrive as a trainable copy")
 
 
-def _description(adapters: LoraAdapter | AdapterSet) -> Any:
-    members = adapters.items() if isinstance(adapters, AdapterSet) else [("", adapters)]
-    return [[name, one.d_in, one.d_out, one.config.to_dict()] for name, one in members]
+def _description(adapters: LoraAdapter | AdapterSet) -> str:
+    """Return a line for each adapter: its name, sizes and config, as JSON."""
+    members = adapters.items() if isinstance(adapters, AdapterSet) else [(None, adapters)]
+    configs: dict[int, str] = {}  # by identity: the adapters of a set mostly share one, which takes 15 us
+    lines = []
+    for name, one in members:
+        if id(one.config) not in configs:
+            configs[id(one.config)] = json.dumps(one.config.to_dict())
+        lines.append(f"[{json.dumps(name)}, {one.d_in}, {one.d_out}, {configs[id(one.config)]}]\n")
+    return "".join(lines)
