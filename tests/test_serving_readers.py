@@ -153,10 +153,12 @@ def test_readers_see_whole_versions_that_never_change_or_go_back(
 class InPlace(Lending):
     """One vector for all versions."""
 
+    memory: np.ndarray | None = None
+
     def take(self) -> np.ndarray:
-        if not self._spare:
-            self._spare.append(super().take())
-        return self._spare[0]
+        if self.memory is None:
+            self.memory = super().take()
+        return self.memory
 
 
 class GivenBackEarly(Lending):

@@ -73,11 +73,8 @@ def test_nothing_of_it_can_be_written(make: Any) -> None:
         one.a_matrix = np.ones(one.a_matrix.shape)
     with pytest.raises(ValueError, match="read-only"):
         one.b_matrix = np.ones(one.b_matrix.shape)
-    for field in dataclasses.fields(snapshot):
-        with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign to field"):
-            setattr(snapshot, field.name, 7)
-    for name in ("vector", "content_hash", "other"):
-        with pytest.raises((AttributeError, TypeError)):
+    for name in (*(field.name for field in dataclasses.fields(snapshot)), "vector", "content_hash", "other"):
+        with pytest.raises(dataclasses.FrozenInstanceError, match=f"cannot assign to field '{name}'"):
             setattr(snapshot, name, 7)
     assert fingerprint(snapshot.adapters) == before
 

@@ -12,7 +12,7 @@ from cylora.flat import FloatArray
 __all__ = ["AdapterSnapshot"]
 
 
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+@dataclass(frozen=True, eq=False)
 class AdapterSnapshot:
     """Adapters as they were at one step: read-only, whole, and the same for as long as anybody keeps them.
 
