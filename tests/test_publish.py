@@ -16,7 +16,7 @@ from worker_publish import files, publish_together, read_once, read_until
 
 from cylora.errors import ConfigError, InputError
 from cylora.formats import durable
-from cylora.formats.durable import LATEST, create_directory, publish_directory, published
+from cylora.formats.durable import LATEST, create_directory, last_version, publish_directory, published
 
 WORKER = Path(__file__).with_name("worker_publish.py")
 OTHER = {"b.bin": b"second" * 10, "a.json": b"First"}
@@ -77,11 +77,13 @@ def test_published_sorts_by_number_and_knows_only_whole_names(tmp_path: Path) ->
     (tmp_path / "name@v8-01234567").symlink_to(made[0].name)
     assert published(tmp_path, "name") == [made[3], made[1], made[0], made[2]]
     assert published(tmp_path, "other") == []
+    assert [last_version(tmp_path, name) for name in ("name", "name2", "other")] == [100, 5, 0]
 
 
 def test_published_of_a_missing_root_is_the_systems_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        published(tmp_path / "none", "name")
+    for look in (published, last_version):
+        with pytest.raises(FileNotFoundError):
+            look(tmp_path / "none", "name")
     with pytest.raises(FileNotFoundError):
         publish_directory(tmp_path / "none", "name", 1, FILES)
     assert names(tmp_path) == []

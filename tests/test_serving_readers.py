@@ -4,6 +4,7 @@ All parameters are equal at first and all gradients are, too, so after every who
 steps shows in any two elements that differ.
 """
 
+import os
 import sys
 import threading
 import time
@@ -13,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_fork import in_child
 from training import make_trainer
 
-from cylora import Gradients, LoraAdapter, LoraConfig, LoraTrainer, TrainerBusyError
+from cylora import Gradients, LoraAdapter, LoraConfig, LoraTrainer, StateError, TrainerBusyError
 from cylora.serving import AdapterPublisher, AdapterSnapshot
 from cylora.serving.lending import Lending
 
@@ -204,3 +206,40 @@ def test_a_version_that_goes_back_would_be_seen() -> None:
     crowd.publisher.publish = publish_and_go_back  # type: ignore[method-assign,assignment]
     crowd.run()
     assert " after " in crowd.wrong[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("forks", [20, pytest.param(1_000, marks=pytest.mark.nightly)])
+def test_children_forked_at_any_moment_read_whole_versions_and_never_hang(
+    forks: int, figures: Callable[..., None]
+) -> None:
+    """A child publishes, too, unless another thread was in a step or a copy at the fork: then that is refused."""
+    crowd = Crowd(10**9, 10**9)
+    outcomes: list[Any] = []
+    refused = 7
+
+    def child() -> None:
+        snapshot = crowd.publisher.latest
+        crowd.value_of(snapshot, snapshot.vector)
+        try:
+            new = crowd.publisher.publish(timeout=30)
+        except StateError as error:
+            os._exit(refused if "forked while another thread" in str(error) else 1)
+        assert new.version > snapshot.version
+        crowd.value_of(new, new.vector)
+        assert crowd.wrong == []
+
+    threads = [threading.Thread(target=crowd.train, args=(index,)) for index in range(TRAINERS)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(forks):
+            outcomes.append(in_child(child))
+    finally:
+        crowd.failed.append(RuntimeError("it is over"))
+        for thread in threads:
+            thread.join(60)
+    assert set(outcomes) <= {0, refused}
+    assert crowd.wrong == []
+    assert crowd.publisher.publish().version > 1
+    figures(forks=forks, published=outcomes.count(0), refused=outcomes.count(refused), hangs=0)

@@ -34,6 +34,7 @@ __all__ = [
     "content_digest",
     "create_directory",
     "directory_digest",
+    "last_version",
     "publish_directory",
     "published",
     "remove_leftovers",
@@ -161,6 +162,12 @@ def published(root: str | os.PathLike[str], name: str) -> list[Path]:
     folder = Path(root)
     with _opened(folder) as parent:
         return [folder / found for found, _ in _versions(name, parent)]
+
+
+def last_version(root: str | os.PathLike[str], name: str) -> int:
+    """Return the highest version of ``name`` published under ``root``, 0 if there is none; OSError as `published`."""
+    with _opened(Path(root)) as parent:
+        return max((number for _, number in _versions(name, parent)), default=0)
 
 
 def directory_digest(digests: Mapping[str, bytes]) -> str:

@@ -16,7 +16,7 @@ from cylora import checks
 from cylora.adapter import AdapterSet, LoraAdapter
 from cylora.errors import ConfigError, InputError, PublishError, TrainerBusyError
 from cylora.flat import FloatArray
-from cylora.formats.durable import check_name, publish_directory, published
+from cylora.formats.durable import check_name, last_version, publish_directory
 from cylora.optimizer import grad_norm
 from cylora.serving.announcing import Announcing, Hook
 from cylora.serving.lending import Lending
@@ -187,13 +187,13 @@ class AdapterPublisher:
         timeout = checks.real("timeout", timeout, ">= 0", lambda x: x >= 0, InputError)
         with self._turn():
             if version is None:
-                on_disk = [
-                    int(found.name.rpartition("@v")[2].partition("-")[0]) for found in published(directory, self.name)
-                ]
-                snapshot = self._taken(timeout, max(self._last_version, *on_disk, 0) + 1)
+                on_disk = last_version(directory, self.name)
+                snapshot = self._taken(timeout, max(self._last_version, on_disk) + 1)
             else:
                 snapshot = self.get(version)
             files = version_files(snapshot, format, dtype, base_config)
+            # Even if writing fails halfway, no other content gets this number.
+            self._last_version = max(self._last_version, snapshot.version)
             path = publish_directory(directory, self.name, snapshot.version, files, keep=keep)
             if version is None:
                 self._swap_in(snapshot)
@@ -212,7 +212,8 @@ class AdapterPublisher:
         InputError   If the version is not kept.
         """
         with self._turn():
-            snapshot = replace(self.get(version), version=self._last_version + 1, restored_from=version)
+            found = self.get(version)
+            snapshot = replace(found, version=self._last_version + 1, restored_from=found.version)
             self._swap_in(snapshot)
             self._counts["rolled_back"] += 1
             self._announcing.announce(self.name, snapshot, None)
