@@ -1,13 +1,17 @@
 """LoraTrainer.hold and adopt: the live state for those who write and read files, while no step can begin."""
 
+import contextlib
 import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from training import fingerprint, make_adapter, make_pair, make_set, make_trainer
+from test_fork import in_child
+from training import fill, fingerprint, make_adapter, make_pair, make_set, make_trainer
 
-from cylora import Gradients, InputError, LoraAdapter, LoraTrainer, StateError, TrainerBusyError
+from cylora import Gradients, InputError, LoraAdapter, LoraConfig, LoraTrainer, StateError, TrainerBusyError
 from cylora.trainer import TrainerState
 
 
@@ -138,6 +142,203 @@ def test_a_loaded_state_must_fit_the_adapters_that_are_held() -> None:
     resumed.load_state_dict(pending.state_dict())
     with pytest.raises(StateError, match="adapter must have the 33 parameters of the loaded state"):
         resumed.hold(make_set(), parts)
+
+
+# ------------------------------------------------------------------ hold with a timeout
+
+
+def large() -> tuple[LoraTrainer, LoraAdapter, Gradients]:
+    """A trainer whose steps release the GIL, and so are under way whenever another thread looks."""
+    adapter = LoraAdapter(1024, 1024, LoraConfig(rank=16), seed=0)
+    gradients = fill(Gradients(adapter))
+    trainer = make_trainer(history_limit=10)
+    trainer.step(1.0, adapter, gradients)
+    return trainer, adapter, gradients
+
+
+def step_patiently(trainer: LoraTrainer, adapter: LoraAdapter, gradients: Gradients) -> None:
+    """Step once; one that was about to begin when a hold did is refused and tried again."""
+    while True:
+        try:
+            trainer.step(1.0, adapter, gradients)
+            return
+        except TrainerBusyError:
+            continue
+
+
+def test_a_waiting_hold_gets_its_turn_between_steps_without_a_pause() -> None:
+    trainer, adapter, gradients = large()
+    is_over = threading.Event()
+
+    def train() -> None:
+        while not is_over.is_set():
+            step_patiently(trainer, adapter, gradients)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        for _ in range(30):
+            state = trainer.hold(adapter, parts, timeout=120)
+            assert state.history is trainer.training_history
+    finally:
+        is_over.set()
+        thread.join(60)
+
+
+def test_a_step_gets_its_turn_between_waiting_holds_without_a_pause() -> None:
+    trainer, adapter, gradients = large()
+    is_over = threading.Event()
+    failed: list[Exception] = []
+
+    def hold() -> None:
+        while not is_over.is_set():
+            try:
+                trainer.hold(adapter, lambda _: adapter.flat.vector.copy(), timeout=120)
+            except Exception as error:
+                failed.append(error)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        for _ in range(30):
+            step_patiently(trainer, adapter, gradients)
+    finally:
+        is_over.set()
+        thread.join(60)
+    assert failed == []
+    assert trainer.total_steps() == 31
+
+
+def test_a_hold_that_may_wait_lets_a_step_that_waits_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, adapter = trained()
+    events: list[str] = []
+
+    def sleep(seconds: float) -> None:
+        events.append("waits")
+        if len(events) == 3:
+            trainer._kept_waiting.clear()
+
+    trainer._kept_waiting.append(None)
+    with monkeypatch.context() as patched:
+        patched.setattr("cylora.trainer.time.sleep", sleep)
+        trainer.hold(adapter, lambda _: events.append("holds"), timeout=60)
+    assert events == ["waits", "waits", "waits", "holds"]
+
+
+def until(is_so: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(1e-3)
+
+
+def test_a_step_tried_during_a_hold_that_may_wait_waits_itself() -> None:
+    trainer, adapter = trained()
+    inside, go_on = threading.Event(), threading.Event()
+    records: list[Any] = []
+
+    def function(_: Any) -> None:
+        inside.set()
+        assert go_on.wait(60)
+
+    holding = threading.Thread(target=lambda: trainer.hold(adapter, function, timeout=60))
+    holding.start()
+    assert inside.wait(60)
+    stepping = threading.Thread(target=lambda: records.append(trainer.step(1.0, adapter, *make_pair(3))))
+    stepping.start()
+    until(lambda: trainer._kept_waiting)
+    assert records == []
+    assert trainer.total_steps() == 3
+    go_on.set()
+    holding.join(60)
+    stepping.join(60)
+    assert [record.step for record in records] == [3]
+    assert trainer._kept_waiting == []
+    assert trainer._open is adapter
+
+
+def test_a_hold_whose_time_is_up_is_refused_and_steps_go_on_as_before() -> None:
+    trainer, adapter = trained()
+    with trainer_busy(trainer), pytest.raises(TrainerBusyError, match="this trainer is busy"):
+        trainer.hold(adapter, parts, timeout=0.01)
+    assert trainer._open is adapter
+    trainer.step(1.0, adapter, *make_pair(3))
+
+
+@contextlib.contextmanager
+def trainer_busy(trainer: LoraTrainer) -> Iterator[None]:
+    """Let another thread be in a step of it."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        inside.set()
+        assert go_on.wait(60)
+
+    thread = threading.Thread(target=lambda: trainer._adam.exclusively(wait))
+    thread.start()
+    assert inside.wait(60)
+    try:
+        yield
+    finally:
+        go_on.set()
+        thread.join(60)
+
+
+def test_a_step_that_is_refused_leaves_no_mark_for_holds_to_wait_for() -> None:
+    trainer, adapter = trained()
+    with pytest.raises(StateError, match="adapter must be the one of the first step"):
+        trainer.step(1.0, make_adapter(), *make_pair())
+    assert trainer._kept_waiting == []
+    assert trainer.hold(adapter, lambda _: 7, timeout=60) == 7
+
+
+def test_a_forked_child_does_not_wait_for_steps_of_its_parent() -> None:
+    trainer, adapter = trained()
+    trainer._kept_waiting.append(None)  # as while another thread waits
+
+    def child() -> None:
+        assert trainer.hold(adapter, lambda _: 7, timeout=30) == 7
+        assert trainer._kept_waiting == []
+
+    assert in_child(child) == 0
+
+
+@pytest.mark.parametrize("timeout", [-1, "1", None, np.nan])
+def test_a_wrong_timeout_is_refused(timeout: Any) -> None:
+    trainer, adapter = trained()
+    with pytest.raises(InputError, match="timeout must be >= 0, got"):
+        trainer.hold(adapter, parts, timeout=timeout)
+
+
+def test_a_busy_error_of_the_function_itself_is_not_waited_for() -> None:
+    trainer, adapter = trained()
+    calls: list[int] = []
+
+    def function(_: Any) -> None:
+        calls.append(1)
+        trainer.step(1.0, adapter, *make_pair())
+
+    with pytest.raises(TrainerBusyError, match="further up this call stack"):
+        trainer.hold(adapter, function, timeout=60)
+    assert calls == [1]
+    assert trainer.step(1.0, adapter, *make_pair(3)).step == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_child_forked_during_a_step_is_told_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, adapter = trained()
+
+    def child() -> None:
+        monkeypatch.setattr("cylora.trainer.time.sleep", lambda seconds: pytest.fail("waits for a thread that is gone"))
+        with pytest.raises(StateError, match="this process was forked while another thread was in a step"):
+            trainer.hold(adapter, parts, timeout=60)
+
+    with trainer_busy(trainer):
+        assert in_child(child) == 0
+
+
+def test_an_unbound_trainer_is_held_at_once() -> None:
+    assert make_trainer().hold(make_adapter(), lambda state: state.adam, timeout=60) is None
 
 
 # ------------------------------------------------------------------ adopt

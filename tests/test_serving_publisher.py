@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_fork import in_child
-from test_hold import in_thread
+from test_hold import until
 from training import fill, fingerprint, make_adapter, make_pair, make_set, make_trainer, same_bits
 
 from cylora import (
@@ -535,40 +535,38 @@ def test_publish_waits_for_a_step_under_way_and_gets_the_whole_step() -> None:
     with pytest.raises(TrainerBusyError, match="this trainer is busy"):
         publisher.publish(timeout=0.01)
     assert publisher.latest is None
-    tries: list[int] = []
-    hold = trainer.hold
-
-    def counted(*arguments: Any) -> Any:
-        tries.append(1)
-        if len(tries) == 5:
-            go_on.set()
-        return hold(*arguments)
-
-    trainer.hold = counted  # type: ignore[method-assign]
-    snapshot = publisher.publish(timeout=60)
+    outcome: list[AdapterSnapshot] = []
+    publishing = threading.Thread(target=lambda: outcome.append(publisher.publish(timeout=60)))
+    publishing.start()
+    until(lambda: trainer._open is None)  # it waits
+    go_on.set()
+    publishing.join(60)
     stepping.join(60)
-    assert snapshot.step == 3
-    assert len(tries) > 4
-    assert same_bits(snapshot.vector, adapters.flat.vector)
+    assert outcome[0].step == 3
+    assert same_bits(outcome[0].vector, adapters.flat.vector)
 
 
-def test_a_step_tried_during_the_copy_is_refused_and_can_be_tried_again() -> None:
+def test_a_step_tried_during_the_copy_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, adapters = trained()
     publisher = AdapterPublisher(adapters, trainer)
-    outcome: list[Any] = []
-    hold = trainer.hold
+    before = adapters.flat.vector.copy()
+    records: list[Any] = []
+    stepping = threading.Thread(
+        target=lambda: records.append(trainer.step(1.0, adapters, fill(Gradients(adapters), 3)))
+    )
 
-    def during(held: Any, function: Any) -> Any:
-        def copy(state: Any) -> Any:
-            outcome.append(in_thread(lambda: trainer.step(1.0, adapters, fill(Gradients(adapters), 3))))
-            return function(state)
+    def copy(target: np.ndarray, source: np.ndarray) -> None:
+        stepping.start()
+        until(lambda: trainer._kept_waiting)
+        target[...] = source
 
-        return hold(held, copy)
-
-    trainer.hold = during  # type: ignore[method-assign]
-    assert publisher.publish().step == 3
-    assert [type(one) for one in outcome] == [TrainerBusyError]
-    assert trainer.step(1.0, adapters, fill(Gradients(adapters), 3)).step == 3
+    with monkeypatch.context() as patched:
+        patched.setattr("cylora.serving.publisher.np.copyto", copy)
+        snapshot = publisher.publish()
+    stepping.join(60)
+    assert (snapshot.step, records[0].step) == (3, 3)
+    assert same_bits(snapshot.vector, before)
+    assert not same_bits(adapters.flat.vector, before)
 
 
 def test_threads_that_publish_take_turns() -> None:

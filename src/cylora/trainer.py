@@ -2,8 +2,9 @@
 
 import os
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from typing import Any, NoReturn, TypeVar
 
@@ -25,6 +26,7 @@ from cylora.watch import Watch
 __all__ = ["LoraTrainer"]
 
 UNBOUND = "the adapter, since nothing has bound this trainer to one yet"
+PAUSE = 1e-4  # seconds between looks at a step under way
 NO_MICRO_BATCH = "at least one accumulated micro-batch, got none"
 _Result = TypeVar("_Result")
 
@@ -63,11 +65,13 @@ class LoraTrainer:
         self._history = TrainingHistory(self.config.history_limit)
         self._watch = Watch.for_training(self.config, self._history)
         self._adapters: LoraAdapter | AdapterSet | None = None
+        self._open: LoraAdapter | AdapterSet | None = None  # them, unless a hold is waiting: then a step waits, too
         self._adam: Adam | None = None
         self._restored: TrainerState | None = None  # loaded before the first step, until then
         self._bound_at: tuple[int, int] | None = None  # steps and micro-batches there were when the adapters came
         self._accumulation = Accumulation()
         self._lock, self._lock_process = threading.RLock(), os.getpid()
+        self._kept_waiting: list[None] = []  # an entry for each step that waits for a hold; appending is atomic
 
     # ------------------------------------------------------------------ stepping
 
@@ -96,7 +100,7 @@ class LoraTrainer:
             If an argument is wrong, the adapter is not the trainer's, or a step is under way.
         """
         adam = self._adam  # looked up first: should another thread replace it, the old one refuses
-        if adam is None or adapter is not self._adapters:
+        if adam is None or adapter is not self._open:
             adam = self._ready(adapter)
         if grad_b is None:
             grad_a = self._vector_of(grad_a)
@@ -122,7 +126,7 @@ class LoraTrainer:
         if not isinstance(self, LoraTrainer):  # called as a function, with a job's items
             raise InputError(f"a job must begin with a LoraTrainer, got {type(self).__name__}")
         adam = self._adam
-        if adam is None or adapter is not self._adapters:
+        if adam is None or adapter is not self._open:
             adam = self._ready(adapter)
         return adam, loss, self._vector_of(grad_a) if grad_b is None else grad_a, grad_b
 
@@ -232,7 +236,7 @@ class LoraTrainer:
             raise TrainerBusyError("this trainer is busy: on_step may read it, but not step it")
         if not isinstance(adapter, (LoraAdapter, AdapterSet)):
             raise InputError(f"adapter must be a LoraAdapter or an AdapterSet, got {type(adapter).__name__}")
-        with self._binding:
+        with self._in_line() if self._open is None else self._binding:
             if self._adam is None:
                 self._bind(adapter)
             elif adapter is not self._adapters and self._progress() == self._bound_at:
@@ -240,7 +244,18 @@ class LoraTrainer:
             if adapter is not self._adapters:
                 first = f"the one of the first step, {self._adapters!r}"
                 raise StateError(f"adapter must be {first}, got another, {adapter!r}")
+            self._open = adapter
             return self._adam  # type: ignore[return-value]
+
+    @contextmanager
+    def _in_line(self) -> Iterator[None]:
+        """Take the lock for a step, and let the next hold see that one is waiting for it."""
+        try:
+            self._kept_waiting.append(None)
+            with self._binding:
+                yield
+        finally:
+            self._kept_waiting.clear()  # of others, too: who holds without a pause finds a step under way next
 
     def _bind(self, adapter: LoraAdapter | AdapterSet) -> None:
         self._check_fit(adapter)
@@ -257,7 +272,7 @@ class LoraTrainer:
     def _binding(self) -> Any:
         """The lock of binding and of the state. Re-entrant: a signal handler may ask for the state under it."""
         if self._lock_process != os.getpid():  # forked: whoever held it may not exist in this process
-            self._lock, self._lock_process = threading.RLock(), os.getpid()
+            self._lock, self._lock_process, self._kept_waiting = threading.RLock(), os.getpid(), []
         return self._lock
 
     @property
@@ -287,11 +302,24 @@ class LoraTrainer:
             raise InputError(f"grad_a must be a Gradients made for {self._adapters!r}, got one of another layout")
         return gradients.vector
 
-    def _while_idle(self, function: Callable[[], _Result]) -> _Result:
+    def _while_idle(self, function: Callable[[], _Result], timeout: float = 0.0) -> _Result:
         """Call ``function`` while no step is under way, and let none begin meanwhile."""
-        with self._binding:
-            result: _Result = function() if self._adam is None else self._adam.exclusively(function)
-            return result
+        deadline, binding = time.monotonic() + timeout, self._binding
+        if timeout > 0:
+            while self._kept_waiting and time.monotonic() < deadline:  # holds without a pause would keep steps away
+                time.sleep(PAUSE)
+        with binding:
+            adam = self._adam
+            if adam is None:
+                return function()
+            if timeout > 0:
+                # The next step then waits at the lock. A thread that steps without a pause holds the GIL between two
+                # steps, so looking alone would never find a gap.
+                self._open = None
+            try:
+                return _exclusively(adam, function, deadline)
+            finally:
+                self._open = self._adapters
 
     # ------------------------------------------------------------------ what happened so far
 
@@ -352,12 +380,16 @@ class LoraTrainer:
         size = None if self._adapters is None else self._adapters.flat.vector.size
         self._while_idle(lambda: self._take_over(state_from_dict(state, size)))
 
-    def hold(self, adapters: LoraAdapter | AdapterSet, function: Callable[[TrainerState], _Result]) -> _Result:
+    def hold(
+        self, adapters: LoraAdapter | AdapterSet, function: Callable[[TrainerState], _Result], *, timeout: float = 0.0
+    ) -> _Result:
         """Return ``function(live state)``, called while no step is under way; none begins meanwhile.
 
-        A step that another thread tries meanwhile waits or is a TrainerBusyError; a hold while one is under way is one.
-        ``adapters`` must be the trainer's, or such that it could become so: anything else is a StateError.
+        A step that another thread tries meanwhile waits or is a TrainerBusyError; a hold while one is under way is one,
+        after ``timeout`` seconds of waiting for its end. ``adapters`` must be the trainer's, or such that it could
+        become so: anything else is a StateError.
         """
+        timeout = checks.real("timeout", timeout, ">= 0", lambda x: x >= 0, InputError)
 
         def checked() -> _Result:
             if adapters is not self._adapters and (self._adam is None or self._progress() == self._bound_at):
@@ -366,7 +398,7 @@ class LoraTrainer:
                 raise StateError(f"adapters must be the trainer's, {self._adapters!r}, got another, {adapters!r}")
             return function(self._state())
 
-        return self._while_idle(checked)
+        return self._while_idle(checked, timeout)
 
     def adopt(self, state: TrainerState) -> None:
         """Take over these parts themselves; nobody else may keep them. On an error nothing has changed."""
@@ -404,3 +436,22 @@ class LoraTrainer:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a LoraTrainer is not copied or pickled: load its state_dict() into a new one")
+
+
+def _exclusively(adam: Adam, function: Callable[[], _Result], deadline: float) -> _Result:
+    """Call ``function`` between two steps, after waiting for the end of one that is under way."""
+    is_begun = False
+
+    def begin() -> _Result:
+        nonlocal is_begun
+        is_begun = True
+        return function()
+
+    while True:
+        try:
+            result: _Result = adam.exclusively(begin)
+            return result
+        except TrainerBusyError:
+            if is_begun or time.monotonic() >= deadline:
+                raise
+        time.sleep(PAUSE)

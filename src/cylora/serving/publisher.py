@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 
 from cylora import checks
 from cylora.adapter import AdapterSet, LoraAdapter
-from cylora.errors import ConfigError, InputError, PublishError, TrainerBusyError
+from cylora.errors import ConfigError, InputError, PublishError
 from cylora.flat import FloatArray
 from cylora.formats.durable import check_name, last_version, publish_directory
 from cylora.optimizer import grad_norm
@@ -27,7 +26,6 @@ from cylora.trainer import LoraTrainer
 
 __all__ = ["AdapterPublisher"]
 
-FIRST_PAUSE, LONGEST_PAUSE = 2e-5, 1e-3  # seconds between looks at a busy trainer
 _Result = TypeVar("_Result")
 
 
@@ -120,7 +118,7 @@ class AdapterPublisher:
         ----------
         timeout : float >= 0, seconds
             How long to wait for a step under way in another thread. A step that another thread tries during the copy
-            is refused as busy and changes nothing: best publish from the thread that steps.
+            waits for its end; one that was just about to begin is refused as busy and changes nothing.
 
         Raises
         ------
@@ -306,15 +304,7 @@ class AdapterPublisher:
         """Call ``function`` while no step is under way, after waiting for one that is."""
         if self._trainer is None:
             return function(None)
-        deadline, pause = time.monotonic() + timeout, FIRST_PAUSE
-        while True:
-            try:
-                return self._trainer.hold(self._adapters, function)
-            except TrainerBusyError:
-                if time.monotonic() >= deadline:
-                    raise
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+        return self._trainer.hold(self._adapters, function, timeout=timeout)
 
     def _check(self, memory: FloatArray, norm: float) -> None:
         latest, limit = self.latest, self._max_norm_ratio
