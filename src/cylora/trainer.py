@@ -244,7 +244,6 @@ class LoraTrainer:
             if adapter is not self._adapters:
                 first = f"the one of the first step, {self._adapters!r}"
                 raise StateError(f"adapter must be {first}, got another, {adapter!r}")
-            self._open = adapter
             return self._adam  # type: ignore[return-value]
 
     @contextmanager
@@ -253,6 +252,7 @@ class LoraTrainer:
         try:
             self._kept_waiting.append(None)
             with self._binding:
+                self._open = self._adapters  # no hold is waiting under this lock, nor in a forked child
                 yield
         finally:
             self._kept_waiting.clear()  # of others, too: who holds without a pause finds a step under way next
@@ -261,7 +261,8 @@ class LoraTrainer:
         self._check_fit(adapter)
         adam = self._optimizer(adapter, self._state(), self._watch)
         replaced, progress = self._adam, self._progress()
-        self._adam, self._adapters, self._restored, self._bound_at = adam, adapter, None, progress
+        self._adam, self._adapters, self._open = adam, adapter, adapter
+        self._restored, self._bound_at = None, progress
         if replaced is not None:
             replaced.retire()
 
