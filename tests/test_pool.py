@@ -6,11 +6,14 @@ What forks, exits or limits itself runs in a process of its own.
 import importlib.util
 import itertools
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import textwrap
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import fp_state
@@ -25,7 +28,15 @@ THREADS = (1, 2, 3, 4, 7, 8, 16)
 GRAINS = (1, 2, 3, 16, 1000)
 ITEMS = (0, 1, 2, 3, 5, 8, 16, 17, 64, 129)
 PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+PATIENCE = 60  # seconds in which even a loaded machine gets round to every thread
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def sooner_or_later(come_true: Callable[[], bool]) -> None:
+    """Try until what depends on the system's scheduler comes true."""
+    end = time.monotonic() + PATIENCE
+    while not come_true():
+        assert time.monotonic() < end
 
 
 @pytest.fixture(scope="module")
@@ -101,24 +112,37 @@ def test_single_phase_teams_alternate_with_others(teams) -> None:
 @pytest.mark.parametrize("spin_us", [0, 50])
 @pytest.mark.parametrize("threads", [2, 3, 8])
 def test_all_threads_of_a_team_take_part(teams, threads: int, spin_us: float) -> None:
-    """Each piece sleeps, so that even one processor gets round to everybody."""
+    """Each piece sleeps, so that even one processor gets round to everybody; a busy one may need several teams."""
     configure(spin_us=spin_us)
-    for _ in range(3):
+
+    def all_in_one() -> bool:
         notes = Notes(8 * threads)
         assert notes.work(teams, threads, pause_us=2000)
         assert notes.each_done(1)
-        assert len(set(notes.ids.tolist())) == threads
-        assert teams.own_thread() in notes.ids
+        assert len(set(notes.ids.tolist())) <= threads
+        return len(set(notes.ids.tolist())) == threads and teams.own_thread() in notes.ids
+
+    for _ in range(3):
+        sooner_or_later(all_in_one)
     assert started() >= threads - 1
 
 
 @pytest.mark.usefixtures("always")
 def test_workers_begin_with_the_same_items_each_time(teams) -> None:
-    """The caller has the first, so that its processor meets the same memory at each step."""
-    for _ in range(20):
+    """The caller has the first, so that its processor meets the same memory at each step.
+
+    If the system keeps it from them for long, a helper may take them, but only when it has done all of its own.
+    """
+    own = teams.own_thread()
+
+    def begins_with_its_own() -> bool:
         notes = Notes(16)
         notes.work(teams, 2, pause_us=200)
-        assert notes.ids[0] == teams.own_thread()
+        assert notes.ids[0] == own or (notes.ids[8:] == notes.ids[0]).all()
+        return notes.ids[0] == own
+
+    for _ in range(20):
+        sooner_or_later(begins_with_its_own)
 
 
 MAX_HELPERS = 63
@@ -129,21 +153,26 @@ MAX_HELPERS = 63
 def test_helpers_have_the_standard_floating_point_state(teams, state: str) -> None:
     """Helpers that are started from a thread with another state, too; the caller keeps its own."""
     clean, others = fp_state.STATES["clean"] & fp_state.MACHINE["control"], min(started() + 2, MAX_HELPERS)
-    before = fp_state.control()
-    try:
-        expected = fp_state.enter(state)
+    before, own, seen = fp_state.control(), teams.own_thread(), set()
+    control = np.uint64(fp_state.MACHINE["control"])
+
+    def all_were_seen() -> bool:
         notes = Notes(8 * (others + 1))
         notes.work(teams, others + 1, pause_us=2000)
+        seen.update(zip(notes.ids.tolist(), (notes.states & control).tolist(), strict=True))
+        return len({thread for thread, _ in seen}) == others + 1
+
+    try:
+        expected = fp_state.enter(state)
+        sooner_or_later(all_were_seen)
         after = fp_state.control()
     finally:
         fp_state.enter("clean")
     assert before == clean
     assert after == expected
     assert started() >= others
-    own = notes.ids == teams.own_thread()
-    states = notes.states & np.uint64(fp_state.MACHINE["control"])
-    assert set(states[own].tolist()) == {expected}
-    assert set(states[~own].tolist()) == {clean}
+    assert {found for thread, found in seen if thread == own} == {expected}
+    assert {found for thread, found in seen if thread != own} == {clean}
 
 
 @pytest.mark.usefixtures("always")
@@ -173,14 +202,18 @@ def test_callers_at_the_same_time_get_one_team_and_the_others_none(teams) -> Non
 
 @pytest.mark.usefixtures("always")
 def test_an_open_team_refuses_others_until_it_is_closed(teams) -> None:
-    holder = threading.Thread(target=teams.occupy, args=(2, 300_000))
+    over = np.zeros(1, np.int64)
+    holder = threading.Thread(target=teams.occupy, args=(2, over))
     holder.start()
-    while teams.opens(2, 1e6):
-        pass
-    notes = Notes(5)
-    assert not notes.work(teams, 2)
-    assert notes.each_done(0)
-    holder.join()
+    sooner_or_later(lambda: over[0] == 1)
+    try:
+        notes = Notes(5)
+        assert not notes.work(teams, 2)
+        assert notes.each_done(0)
+        assert not teams.opens(2, 1e6)
+    finally:
+        over[0] = 2
+        holder.join()
     assert teams.opens(2, 1e6)
 
 
@@ -227,16 +260,20 @@ PRELUDE = """
 
     def tasks():
         return len(os.listdir("/proc/self/task"))
+
+    def sooner_or_later(come_true):
+        end = time.monotonic() + 60
+        while not come_true():
+            assert time.monotonic() < end
 """
 
 
-def in_a_process(folder: Path, program: str, *arguments: object, timeout: float = 60) -> str:
+def in_a_process(folder: Path, program: str, timeout: float = 300, **environment: str) -> str:
     """Run a program that can import teams; return what it prints."""
     paths = [str(folder), str(TESTS), str(Path(cylora.__file__).parents[1])]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(PRELUDE) + textwrap.dedent(program),
-         *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(PRELUDE) + textwrap.dedent(program)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment,
         capture_output=True, text=True, check=False, timeout=timeout,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -267,7 +304,7 @@ def test_helpers_leave_signals_to_the_main_thread(folder) -> None:
         before, mask = set(os.listdir("/proc/self/task")), signal.pthread_sigmask(signal.SIG_BLOCK, [])
         configure("always")
         # Until they have come to life, the system blocks every signal.
-        assert any(work(3, 24, 1000) == (True, 3) for _ in range(50))
+        sooner_or_later(lambda: work(3, 24, 1000) == (True, 3))
         assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
         own = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGKILL, signal.SIGSTOP}
         for task in set(os.listdir("/proc/self/task")) - before:
@@ -307,12 +344,19 @@ def test_rule_measured_works_alone_on_one_processor(folder) -> None:
 def test_rule_measured_shares_what_is_worth_it(folder) -> None:
     """Large work always; small work when steps follow one another closely, so that helpers are awake."""
     program = """
+        def in_a_row():
+            time.sleep(0.05)
+            return [teams.opens(2, 40.0) for _ in range(8)][-1]
+
+        def not_after_a_pause():
+            time.sleep(0.05)
+            return not teams.opens(2, 40.0)
+
         assert teams.opens(2, 1000.0) and started() == 1
-        time.sleep(0.05)
-        assert [teams.opens(2, 40.0) for _ in range(8)][-1]
-        time.sleep(0.05)
-        assert not teams.opens(2, 40.0)
-        assert teams.opens(2, 1000.0)
+        for _ in range(3):
+            sooner_or_later(in_a_row)
+            sooner_or_later(not_after_a_pause)
+            assert teams.opens(2, 1000.0)
         assert started() == 1  # a second would have too little to do
     """
     in_a_process(folder, program)
@@ -320,18 +364,21 @@ def test_rule_measured_shares_what_is_worth_it(folder) -> None:
 
 @pytest.mark.skipif(PROCESSORS < 2, reason="needs two processors")
 def test_rule_measured_rests_after_a_loss_and_tries_again(folder) -> None:
-    """A helper that is kept from its work for 50 ms costs those 50 ms; then nothing is shared for a second."""
+    """A helper that is kept from its work for 100 ms costs those 100 ms; then nothing is shared for a second.
+
+    On a busy machine there are other losses, and the caller may lose less because it was kept from its work too.
+    """
     program = """
-        begun = time.monotonic()
-        while time.monotonic() < begun + 0.05:  # until a helper has joined
+        def rests_for_a_second():
             begun = time.monotonic()
-            assert work(2, 8, 1000, helper_pause_us=50_000)[0]
-        lost = time.monotonic()
-        opened = False
-        while not opened and time.monotonic() < lost + 10:
-            time.sleep(0.01)
-            opened = teams.opens(2, 1e6)
-        assert opened and 0.8 < time.monotonic() - lost < 5, time.monotonic() - lost
+            if work(2, 8, 1000, helper_pause_us=100_000) != (True, 2):
+                time.sleep(0.01)  # it rests already, or the helper came too late
+                return False
+            while not teams.opens(2, 1e6):
+                time.sleep(0.01)
+            return 1 < time.monotonic() - begun < 5
+
+        sooner_or_later(rests_for_a_second)
     """
     in_a_process(folder, program)
 
@@ -349,7 +396,7 @@ FORKS = """
                 traceback.print_exc()
             finally:
                 os._exit(code)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 180
         while time.monotonic() < deadline:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
@@ -360,16 +407,12 @@ FORKS = """
         raise SystemExit("the child hangs")
 
     def all_take_part():  # at once, or on a busy machine sooner or later
-        end = time.monotonic() + 10
-        while work(3, 24, 1000) != (True, 3):
-            if time.monotonic() > end:
-                return False
-        return True
+        sooner_or_later(lambda: work(3, 24, 1000) == (True, 3))
 
     def check():
         assert started() == 0
         assert work()[0]
-        assert all_take_part()
+        all_take_part()
         assert started() == 2
 """
 
@@ -384,9 +427,9 @@ def test_forked_child_starts_its_own_helpers(folder) -> None:
                 time.sleep(0.001)
             child_of((lambda: (check(), child_of(check))) if i % 10 == 0 else check)
             assert work()[0] and started() == 2
-        assert all_take_part()
+        all_take_part()
     """
-    in_a_process(folder, textwrap.dedent(FORKS) + textwrap.dedent(program), timeout=120)
+    in_a_process(folder, textwrap.dedent(FORKS) + textwrap.dedent(program), timeout=900)
 
 
 def test_forked_child_of_a_process_in_the_middle_of_a_team_has_a_free_pool(folder) -> None:
@@ -406,7 +449,34 @@ def test_forked_child_of_a_process_in_the_middle_of_a_team_has_a_free_pool(folde
             thread.join()
         assert work()[0]
     """
-    in_a_process(folder, textwrap.dedent(FORKS) + textwrap.dedent(program), timeout=120)
+    in_a_process(folder, textwrap.dedent(FORKS) + textwrap.dedent(program), timeout=900)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="holds up the pthread_atfork of glibc")
+def test_forked_child_of_a_process_that_is_opening_its_first_team_has_a_free_pool(folder) -> None:
+    """The fork comes when a thread has begun to register what frees the pool in children, and has not finished."""
+    program = """
+        import ctypes
+        hold, entered = (ctypes.c_int.in_dll(ctypes.CDLL(None), name) for name in ("hold", "entered"))
+        configure("always")
+        hold.value = 1
+        thread = threading.Thread(target=work)
+        thread.start()
+        sooner_or_later(lambda: entered.value)
+        def go_on():
+            hold.value = 0
+            check()
+            child_of(check)
+        try:
+            child_of(go_on)
+        finally:
+            hold.value = 0
+        thread.join()
+        all_take_part()
+        child_of(check)
+    """
+    (library,) = folder.glob("held_atfork.*.so")
+    in_a_process(folder, textwrap.dedent(FORKS) + textwrap.dedent(program), LD_PRELOAD=str(library))
 
 
 @pytest.mark.parametrize("end", ["return", "sys.exit(0)", "os._exit(0)", "os.kill(os.getpid(), 15)"])
@@ -428,4 +498,4 @@ def test_process_ends_whatever_its_helpers_do(folder, end: str, state: str) -> N
         main()
     """
     for _ in range(3):
-        in_a_process(folder, program, timeout=30)
+        in_a_process(folder, program)

@@ -1,6 +1,13 @@
 """A module that is not cylora's and works in cylora's teams: all it needs is cylora installed and Cython."""
 
+import sys
+
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-setup(name="teams", version="1", ext_modules=cythonize([Extension("teams", ["teams.pyx"])], language_level=3))
+names = ["teams", "held_atfork"] if sys.platform == "linux" else ["teams"]
+setup(
+    name="teams",
+    version="1",
+    ext_modules=cythonize([Extension(name, [f"{name}.pyx"]) for name in names], language_level=3),
+)

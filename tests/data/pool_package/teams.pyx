@@ -11,9 +11,13 @@ cdef extern from *:
     #include <stdint.h>
     static int64_t teams_self(void) { return (int64_t) (intptr_t) pthread_self(); }
     static void teams_increment(int64_t *p) { __atomic_fetch_add(p, 1, __ATOMIC_RELAXED); }
+    static int64_t teams_read(int64_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+    static void teams_write(int64_t *p, int64_t x) { __atomic_store_n(p, x, __ATOMIC_SEQ_CST); }
     """
     int64_t self_id "teams_self"() noexcept nogil
     void increment "teams_increment"(int64_t*) noexcept nogil
+    int64_t read "teams_read"(int64_t*) noexcept nogil
+    void write "teams_write"(int64_t*, int64_t) noexcept nogil
 
 cdef struct Notes:
     int64_t* first          # how often each item was done in phase 1
@@ -99,13 +103,16 @@ def opens(int threads, double work_us):
     return opened
 
 
-def occupy(int threads, unsigned int microseconds):
-    """Keep a team open for a while; return whether it was opened."""
+def occupy(int threads, int64_t[::1] over not None):
+    """Keep a team open until ``over`` is 2, which it makes 1 once it has one; return whether it was opened."""
     cdef bint opened
+    cdef int64_t* flag = &over[0]
     with nogil:
         opened = open_team(threads, 1e6)
         if opened:
-            usleep(microseconds)
+            write(flag, 1)
+            while read(flag) != 2:
+                usleep(100)
             close_team()
     return opened
 
