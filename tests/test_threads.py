@@ -18,6 +18,7 @@ from training import fingerprint, make_adapter, make_pair, make_trainer, same_bi
 from cylora import AdapterSet, Gradients, InputError, LoraConfig, LoraTrainer, StateError, TrainerBusyError
 
 TESTS = Path(__file__).parent
+PATIENCE = 120  # seconds in which threads meet even on a loaded machine
 
 
 @pytest.fixture
@@ -67,13 +68,16 @@ def whole(trainer: LoraTrainer, adapter) -> None:
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("threads", [2, 4])
 def test_threads_stepping_one_trainer_take_turns_or_are_refused(threads: int) -> None:
-    """10,000 tries. All gradients are equal, so whatever the order, the parameters follow from the number of steps."""
+    """10,000 tries, more if none has met another. All gradients are equal, so whatever the order, the parameters follow
+    from the number of steps.
+    """
     adapter, trainer, pair = make_adapter(), make_trainer(schedule=yielding), make_pair()
     done, busy = [0] * threads, [0] * threads
 
     def work(me: int):
         def tries() -> None:
-            for _ in range(10_000 // threads):
+            end = time.monotonic() + PATIENCE
+            while done[me] + busy[me] < 10_000 // threads or (not any(busy) and time.monotonic() < end):
                 try:
                     trainer.step(1.0, adapter, *pair)
                     done[me] += 1
@@ -85,7 +89,7 @@ def test_threads_stepping_one_trainer_take_turns_or_are_refused(threads: int) ->
     run_threads(*map(work, range(threads)))
     whole(trainer, adapter)
     assert sum(done) == trainer.total_steps()
-    assert sum(done) + sum(busy) == 10_000
+    assert sum(done) + sum(busy) >= 10_000
     assert sum(done) > 0
     assert sum(busy) > 0
     twin, other = make_adapter(), make_trainer(schedule=yielding)
@@ -103,7 +107,8 @@ def test_threads_in_large_steps_meet_a_busy_trainer() -> None:
     counts = {"done": 0, "busy": 0}
 
     def tries() -> None:
-        while sum(counts.values()) < 600 or (counts["busy"] == 0 and sum(counts.values()) < 60_000):
+        end = time.monotonic() + PATIENCE
+        while sum(counts.values()) < 600 or (counts["busy"] == 0 and time.monotonic() < end):
             try:
                 trainer.step(1.0, adapters, gradients)
                 counts["done"] += 1
@@ -192,11 +197,10 @@ def test_states_taken_by_another_thread_are_whole() -> None:
 
     def train() -> None:
         try:
-            for _ in range(100_000):
+            end = time.monotonic() + PATIENCE
+            while len(states) < 50 and time.monotonic() < end:
                 with contextlib.suppress(TrainerBusyError):
                     trainer.step(1.0, adapters, ones)
-                if len(states) >= 50:
-                    break
                 time.sleep(0)
         finally:
             finished.set()
@@ -227,12 +231,11 @@ def test_loading_while_another_thread_steps_leaves_one_or_the_other() -> None:
 
     def load() -> None:
         try:
-            for _ in range(100_000):
+            end = time.monotonic() + PATIENCE
+            while min(counts.values()) < 1500 and time.monotonic() < end:
                 with contextlib.suppress(TrainerBusyError):
                     trainer.load_state_dict(state)
                     counts["loads"] += 1
-                if counts["loads"] >= 1500 and counts["steps"] >= 1500:
-                    break
         finally:
             stop.set()
 
@@ -246,7 +249,7 @@ def test_loading_while_another_thread_steps_leaves_one_or_the_other() -> None:
 
     run_threads(load, step)
     whole(trainer, adapter)
-    assert min(counts.values()) > 0
+    assert min(counts.values()) >= 1500
     # All gradients are equal: the moments follow from the number of steps since the last load.
     twin, other = make_adapter(), make_trainer()
     for _ in range(trainer.total_steps()):
