@@ -1,10 +1,12 @@
 """`threads`: the same bits for any number, at any size, in any rhythm; forks, exits and second threads do no harm."""
 
 import contextlib
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,10 @@ from test_threads import in_a_process, run_threads, whole
 from training import fingerprint, make_trainer, same_bits
 
 from cylora import Adam, AdapterSet, LoraConfig, LoraTrainer, NonFiniteGradientError, TrainerBusyError
+from cylora.formats.checkpoint import save_checkpoint
 from cylora.kernels.threads import configure, started
 
+WORKER = Path(__file__).parent / "worker_processes.py"
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 BLOCK = 8192
@@ -160,9 +164,10 @@ def trained(threads: int, size: int = 4096) -> tuple[LoraTrainer, AdapterSet, np
     return trainer, adapters, g
 
 
-def check_forks(forks: int) -> None:
-    """The child has no helper: it starts its own. The parent's go on."""
+def check_forks(forks: int, folder: Path) -> None:
+    """The child has no helper: it starts its own, steps, saves and exits. The parent's go on, to the same file."""
     (trainer, adapters, g), (other, twins, _) = trained(4), trained(1)
+    mine, theirs = folder / "parent", folder / "child"
     for number in range(forks):
         other.step(1.0, twins, g)
         expected = fingerprint(other, twins)
@@ -172,19 +177,42 @@ def check_forks(forks: int) -> None:
             trainer.step(1.0, adapters, g)
             assert started() == 3
             assert fingerprint(trainer, adapters) == expected
+            save_checkpoint(trainer, adapters, theirs)
 
         assert in_child(child) == 0, number
         trainer.step(1.0, adapters, g)
         assert fingerprint(trainer, adapters) == expected
+        save_checkpoint(trainer, adapters, mine)
+        assert mine.read_bytes() == theirs.read_bytes()
+        theirs.unlink()
 
 
-def test_children_forked_between_steps_go_on_to_the_same_bits(shared: None) -> None:
-    check_forks(100)
+@pytest.mark.parametrize("forks", [100, pytest.param(1000, marks=pytest.mark.nightly)])
+def test_children_forked_between_steps_go_on_to_the_same_bits(
+    shared: None, forks: int, tmp_path: Path, figures: Callable[..., None]
+) -> None:
+    check_forks(forks, tmp_path)
+    figures(forks=forks, hangs=0)
 
 
-@pytest.mark.nightly
-def test_a_thousand_children_forked_between_steps(shared: None) -> None:
-    check_forks(1000)
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [
+        ("spawn", 2),
+        ("forkserver", 10),
+        pytest.param("spawn", 1000, marks=pytest.mark.nightly),
+        pytest.param("forkserver", 1000, marks=pytest.mark.nightly),
+    ],
+)
+def test_children_that_multiprocessing_starts_go_on_to_the_same_bits(
+    method: str, count: int, tmp_path: Path, figures: Callable[..., None]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, WORKER, method, str(count), tmp_path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == count
+    figures(method=method, children=count, hangs=0)
 
 
 def test_children_forked_while_another_thread_shares_a_step_step_trainers_of_their_own(shared: None) -> None:
