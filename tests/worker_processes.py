@@ -1,7 +1,7 @@
-"""Children that `multiprocessing` starts go on from a file of their parent's; tests/test_threads_config.py starts this.
+"""Children that `multiprocessing` starts go on from their parent's file; tests/test_threads_config.py starts this.
 
-``worker_processes.py METHOD COUNT FOLDER``: the parent steps with threads and saves; a child of its own loads that, does
-the next step with threads, saves and exits; the parent does the same step. It prints how many files had equal bytes.
+``worker_processes.py METHOD COUNT FOLDER``: the parent steps with threads and saves; a child of its own loads that,
+does the next step with threads, saves and exits; the parent does the same step. It prints how many files were equal.
 """
 
 import multiprocessing
