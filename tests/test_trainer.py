@@ -312,6 +312,25 @@ def test_a_refused_first_step_binds_nothing() -> None:
         trainer.step(1.0, wrong, fill(Gradients(wrong)))
 
 
+def test_a_refused_first_step_stands_in_no_loaded_states_way() -> None:
+    trainer, other, adapter = make_trainer(), make_set(), make_adapter()
+    with pytest.raises(InputError):
+        trainer.step(1.0, other, np.ones(3, np.float32))
+    trainer.load_state_dict(make_trainer().state_dict())
+    assert trainer.hold(adapter, lambda state: state.adam) is None
+    with pytest.raises(InputError):
+        trainer.step(1.0, other, np.ones(3, np.float32))
+    stepped, twin = make_trainer(), make_adapter()
+    stepped.step(1.0, twin, *make_pair())
+    trainer.load_state_dict(stepped.state_dict())
+    adapter.flat.vector[...] = twin.flat.vector
+    stepped.step(1.0, twin, *make_pair(1))
+    with pytest.raises(StateError, match="adapter must have the layout of the loaded state"):
+        trainer.step(1.0, other, np.ones(other.param_count(), np.float32))
+    trainer.step(1.0, adapter, *make_pair(1))
+    assert fingerprint(trainer, adapter) == fingerprint(stepped, twin)
+
+
 def test_a_skipped_or_accumulated_first_step_binds() -> None:
     bad = make_pair()
     bad[0][0, 0] = np.inf

@@ -239,8 +239,8 @@ class LoraTrainer:
         with self._in_line() if self._open is None else self._binding:
             if self._adam is None:
                 self._bind(adapter)
-            elif adapter is not self._adapters and self._progress() == self._bound_at:
-                self._adam.exclusively(lambda: self._bind(adapter))  # every step of the first one was refused
+            elif adapter is not self._adapters and self._bound is None:
+                self._adam.exclusively(lambda: self._bind(adapter))
             if adapter is not self._adapters:
                 first = f"the one of the first step, {self._adapters!r}"
                 raise StateError(f"adapter must be {first}, got another, {adapter!r}")
@@ -282,6 +282,11 @@ class LoraTrainer:
 
     def _progress(self) -> tuple[int, int]:
         return self.total_steps(), self.accumulated
+
+    @property
+    def _bound(self) -> LoraAdapter | AdapterSet | None:
+        """The adapters for good; None also where every step of the first ones was refused."""
+        return None if self._progress() == self._bound_at else self._adapters
 
     def _optimizer(self, adapter: LoraAdapter | AdapterSet, state: TrainerState, watch: Watch | None) -> Adam:
         adam = Adam.for_training(adapter.flat, self.config, state.adam, state.ema)
@@ -378,8 +383,12 @@ class LoraTrainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned. On an error nothing has changed."""
         self._refuse_in_callback()
-        size = None if self._adapters is None else self._adapters.flat.vector.size
-        self._while_idle(lambda: self._take_over(state_from_dict(state, size)))
+
+        def take_over() -> None:
+            bound = self._bound
+            self._take_over(state_from_dict(state, None if bound is None else bound.flat.vector.size))
+
+        self._while_idle(take_over)
 
     def hold(
         self, adapters: LoraAdapter | AdapterSet, function: Callable[[TrainerState], _Result], *, timeout: float = 0.0
@@ -393,7 +402,7 @@ class LoraTrainer:
         timeout = checks.real("timeout", timeout, ">= 0", lambda x: x >= 0, InputError)
 
         def checked() -> _Result:
-            if adapters is not self._adapters and (self._adam is None or self._progress() == self._bound_at):
+            if adapters is not self._adapters and self._bound is None:
                 self._check_fit(adapters)
             elif adapters is not self._adapters:
                 raise StateError(f"adapters must be the trainer's, {self._adapters!r}, got another, {adapters!r}")
@@ -423,15 +432,16 @@ class LoraTrainer:
 
     def _take_over(self, state: TrainerState) -> None:
         check_config(state, self.config)
-        if self._adapters is not None:
-            check_layout(state, self._adapters.flat.layout, self.config, f"{self._adapters!r}")
+        adapters = self._bound
+        if adapters is not None:
+            check_layout(state, adapters.flat.layout, self.config, f"{adapters!r}")
         watch = Watch.for_training(self.config, state.history, state.watch)
-        adam = None if self._adapters is None else self._optimizer(self._adapters, state, watch)
+        adam = None if adapters is None else self._optimizer(adapters, state, watch)
         restored, replaced, self._bound_at = state if adam is None else None, self._adam, None
         history, accumulation = state.history, state.accumulation
         # Nothing can interrupt from here on: CPython lets signals and threads in at calls and backward jumps only.
         self._history, self._accumulation, self._watch = history, accumulation, watch
-        self._adam, self._restored = adam, restored
+        self._adam, self._adapters, self._restored = adam, adapters, restored
         if replaced is not None:
             replaced.retire()
 
