@@ -1,6 +1,7 @@
 """Memory: parameters and two moments, and nothing else that grows with size or with the number of steps."""
 
 import gc
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 import ml_dtypes
 import numpy as np
 import pytest
+from test_threads import in_a_process
 from training import make_trainer
 
 from cylora import AdapterSet, Gradients, LoraAdapter, LoraConfig, TrainingHistory, grad_norm
@@ -215,3 +217,39 @@ def test_reading_a_history_without_limit_copies_no_column() -> None:
         columns = [history.column(name) for name in ("loss", "learning_rate", "grad_norm")]
     assert cost.held <= 4 * KIB
     assert all(len(column) == 100_000 for column in columns)
+
+
+STEPS_AND_RSS = """
+    import resource, sys
+    from training import make_adapter, make_pair, make_trainer
+
+    warm_up, steps = int(sys.argv[1]), int(sys.argv[2])
+    adapter, trainer = make_adapter(), make_trainer(history_limit=1000, nonfinite="skip")
+    pair, bad = make_pair(), make_pair(1)
+    bad[0][0, 0] = float("nan")
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+
+    def train(steps):
+        for step in range(steps):
+            trainer.step(1.0 + step % 7, adapter, *(pair if step % 100 else bad))
+            if step % 1000 == 500:
+                assert trainer.average_loss() > 0 and trainer.last_step().step == trainer.total_steps() - 1
+
+    train(warm_up)
+    before = resident()
+    train(steps)
+    print(resident() - before, trainer.total_steps(), len(trainer.training_history))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("steps", [100_000, pytest.param(1_000_000, marks=pytest.mark.nightly)])
+def test_the_process_does_not_grow_with_the_number_of_steps(steps: int, figures: Callable[..., None]) -> None:
+    """As the system counts it, which includes what no Python object owns; at most 512 KiB after a warm-up."""
+    grown, total, kept = map(int, in_a_process(STEPS_AND_RSS, 20_000, steps).split())
+    figures(steps=steps, resident_bytes_more=grown)
+    assert (total, kept) == (20_000 + steps, 1000)
+    assert grown <= 512 * KIB
