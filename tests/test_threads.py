@@ -16,7 +16,16 @@ import numpy as np
 import pytest
 from training import fingerprint, make_adapter, make_pair, make_trainer, same_bits
 
-from cylora import AdapterSet, Gradients, InputError, LoraConfig, LoraTrainer, StateError, TrainerBusyError
+from cylora import (
+    AdapterSet,
+    Gradients,
+    InputError,
+    LoraConfig,
+    LoraTrainer,
+    StateError,
+    TrainerBusyError,
+    TrainingStep,
+)
 
 TESTS = Path(__file__).parent
 PATIENCE = 120  # seconds in which threads meet even on a loaded machine
@@ -298,6 +307,26 @@ def test_a_step_inside_a_step_is_refused_ten_thousand_times() -> None:
         trainer.step(1.0, adapter, *pair)
     assert refused == list(range(10_000))
     whole(trainer, adapter)
+
+
+def test_a_step_inside_on_step_is_refused_ten_thousand_times() -> None:
+    adapter, pair, refused = make_adapter(), make_pair(), []
+
+    def report(record: TrainingStep) -> None:
+        for call in (trainer.step, trainer.accumulate):
+            with pytest.raises(TrainerBusyError, match="on_step may read it, but not step it"):
+                call(1.0, adapter, *pair)
+        refused.append(record.step)
+
+    trainer = LoraTrainer(make_trainer(log_every=1).config, on_step=report)
+    for _ in range(10_000):
+        trainer.step(1.0, adapter, *pair)
+    assert refused == list(range(10_000))
+    whole(trainer, adapter)
+    twin, other = make_adapter(), make_trainer(log_every=1)
+    for _ in range(10_000):
+        other.step(1.0, twin, *pair)
+    assert fingerprint(trainer.state_dict(), adapter) == fingerprint(other.state_dict(), twin)
 
 
 def in_a_process(program: str, *arguments: object, timeout: float = 300) -> str:
