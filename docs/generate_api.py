@@ -29,7 +29,7 @@ SECTIONS = (
         "Errors",
         "cylora",
         "CyloraError ConfigError InputError NonFiniteGradientError DivergenceError StateError TrainerBusyError "
-        "PublishError FormatError TaskError",
+        "PublishError DeadlineError DroppedError FormatError TaskError",
     ),
     ("Adapter files", "cylora.formats", "save_peft load_peft peft_files save_gguf gguf_bytes"),
     (
@@ -39,6 +39,7 @@ SECTIONS = (
     ),
     ("Publishing", "cylora.formats", "publish_directory published replace_file"),
     ("Serving", "cylora.serving", "AdapterPublisher AdapterSnapshot vllm_hook"),
+    ("Training inside a server", "cylora.serving", "OnlineTrainer Ticket StepTarget ServingMetrics"),
     ("Looking at files", "cylora.formats", "inspect verify"),
     ("What they return", "cylora.formats.inspection", "Inspected Verdict"),
     ("The log for Hugging Face's tools", "cylora.formats", "save_trainer_state trainer_state"),

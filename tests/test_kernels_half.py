@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from reference import Rule
 
 from cylora.errors import NonFiniteGradientError
-from cylora.optimizer import Adam, grad_norm
+from cylora.optimizer import Adam, grad_norm, joined
 
 Floats = NDArray[np.float32]
 PATTERNS = np.arange(2**16, dtype=np.uint32).astype(np.uint16)
@@ -143,3 +143,13 @@ def test_half_micro_batches_add_up_like_float32(kind: str, n: int) -> None:
             kernel_calls.accumulate(adam, total, weight, widened(g.view(np.uint16), kind) if widen else g)
         totals.append(total.tobytes())
     assert totals[0] == totals[1]
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_half_copy_is_what_it_stands_for(kind: str) -> None:
+    """A zero loses its sign, which no step can tell."""
+    copied, sizes = joined([stored(PATTERNS, kind)])
+    expected = widened(PATTERNS, kind)
+    assert sizes == [PATTERNS.size]
+    assert np.array_equal(copied, expected, equal_nan=True)
+    assert not np.signbit(copied[expected == 0]).any()

@@ -25,6 +25,7 @@ from cylora import (
     optimizer,
 )  # fmt: skip
 from cylora.kernels import PreparedAdam
+from cylora.optimizer import joined
 
 NAN, INF = math.nan, math.inf
 
@@ -446,3 +447,34 @@ def test_the_error_of_a_gradient_that_is_not_finite_says_so_whenever_it_is_read(
     assert str(raised.value) == str(pickle.loads(pickle.dumps(raised.value))) == message
     assert str(NonFiniteGradientError("plain")) == "plain"
     assert str(NonFiniteGradientError()) == ""
+
+
+# ---------------------------------------------------------------- copies
+
+
+def test_joined_arrays_are_copied_to_the_bit_one_after_the_other() -> None:
+    sizes = [0, 1, 15, 16, 17, 1009, 40_000]
+    rng = np.random.default_rng(3)
+    arrays = [rng.integers(0, 2**32, size, np.uint64).astype(np.uint32).view(np.float32) for size in sizes]
+    before = [array.copy() for array in arrays]
+    for some in (arrays, arrays[:-1], arrays[:1], []):  # with and without the GIL
+        copied, counted = joined(some)
+        assert counted == [array.size for array in some]
+        assert copied.dtype == np.float32
+        assert copied.tobytes() == b"".join(array.tobytes() for array in some)
+        assert not any(np.shares_memory(copied, array) for array in some)
+    assert [array.tobytes() for array in arrays] == [array.tobytes() for array in before]
+
+
+def test_joined_takes_any_shape_and_kind_together() -> None:
+    halves = np.arange(6, dtype=np.float16)
+    copied, counted = joined([np.ones((2, 3), np.float32), halves, memoryview(np.full(2, 7, np.float32))])
+    assert counted == [6, 6, 2]
+    assert copied.tolist() == [1.0] * 6 + [0.0, 1.0, 2.0, 3.0, 4.0, 5.0] + [7.0] * 2
+
+
+def test_joined_refuses_what_a_step_would() -> None:
+    wrongs = (np.ones(3), "format 'd'"), (np.ones((4, 4), np.float32)[:, ::2], "strides"), ("x", "no buffer")
+    for wrong, got in wrongs:
+        with pytest.raises(InputError, match=rf"grads\[1\] must be a C-contiguous, aligned array .*, got .*{got}"):
+            joined([np.ones(2, np.float32), wrong])

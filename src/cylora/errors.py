@@ -3,7 +3,9 @@
 __all__ = [
     "ConfigError",
     "CyloraError",
+    "DeadlineError",
     "DivergenceError",
+    "DroppedError",
     "FormatError",
     "InputError",
     "NonFiniteGradientError",
@@ -52,6 +54,14 @@ class StateError(CyloraError, ValueError):
 
 class PublishError(CyloraError, RuntimeError):
     """A snapshot was refused, by the publisher or by a server that was to load it. What was published before stays."""
+
+
+class DeadlineError(CyloraError, TimeoutError):
+    """What was waited for did not happen in the time given: room in a queue, the end of what was submitted."""
+
+
+class DroppedError(CyloraError, RuntimeError):
+    """A submitted job was given up before its step began: for a newer one, or because its trainer closed."""
 
 
 class FormatError(CyloraError, ValueError):

@@ -12,7 +12,7 @@ from cylora.config import MAX_LEARNING_RATE, LoraTrainingConfig, thread_count
 from cylora.errors import InputError, NonFiniteGradientError, StateError
 from cylora.flat import FlatBuffer, FloatArray, Layout, aligned_zeros, locate
 from cylora.good_state import GoodState
-from cylora.kernels import PreparedAdam, PreparedTensors, clip, isa, norm, step_many, variants
+from cylora.kernels import PreparedAdam, PreparedTensors, clip, isa, joined, norm, step_many, variants
 from cylora.moments import Moments, checked_sizes
 from cylora.overrides import AdamParams
 from cylora.parts import Part, max_rate, parts_of
@@ -26,6 +26,7 @@ __all__ = [
     "clip_grad_norm_",
     "grad_norm",
     "isa",
+    "joined",
     "norm_limit",
     "step_many",
     "variants",

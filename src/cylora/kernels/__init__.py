@@ -1,9 +1,9 @@
 """The compiled part: loops in C, dispatched by instruction set. Only `cylora.optimizer` imports this."""
 
 from cylora.kernels.adam import PreparedAdam
-from cylora.kernels.arrays import clip, norm
+from cylora.kernels.arrays import clip, joined, norm
 from cylora.kernels.dispatch import isa, variants
 from cylora.kernels.many import step_many
 from cylora.kernels.tensors import PreparedTensors
 
-__all__ = ["PreparedAdam", "PreparedTensors", "clip", "isa", "norm", "step_many", "variants"]
+__all__ = ["PreparedAdam", "PreparedTensors", "clip", "isa", "joined", "norm", "step_many", "variants"]

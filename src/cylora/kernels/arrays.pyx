@@ -1,14 +1,20 @@
-"""Norm and clipping over a sequence of arrays, as one call that nothing can interrupt halfway."""
+"""Norm, clipping and copying of a sequence of arrays, as one call that nothing can interrupt halfway."""
 
 from cpython.buffer cimport PyBuffer_Release, Py_buffer
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc, qsort
+from libc.string cimport memcpy, memset
 from cylora.kernels._fpenv cimport fp_enter, fp_leave
 from cylora.kernels._loops cimport FLOAT32, NormState, Piece
 from cylora.kernels.buffers cimport acquire_float32, acquire_gradient
 from cylora.kernels.dispatch cimport loops
 
+import numpy as np
+
 from cylora.errors import InputError
+
+cdef enum:
+    LARGE = 32768       # elements: what takes tens of microseconds to copy releases the GIL
 
 cdef double MIN_FACTOR = 2.0**-130  # below, float32 holds too few bits of the factor
 
@@ -105,3 +111,36 @@ def clip(list arrays not None, double max_norm):
                 loops.scale(<float*> borrowed.pieces[i].start, borrowed.pieces[i].n, factor)
         fp_leave(fp)
     return result
+
+
+cdef void _join(_Borrowed borrowed, float* place) noexcept nogil:
+    cdef uint64_t fp = fp_enter()
+    cdef Piece* piece
+    cdef Py_ssize_t i
+    for i in range(borrowed.count):
+        piece = &borrowed.pieces[i]
+        if piece.n > 0 and piece.kind == FLOAT32:
+            memcpy(place, piece.start, 4 * piece.n)
+        elif piece.n > 0:
+            memset(place, 0, 4 * piece.n)
+            loops.accumulate(place, piece.start, piece.n, piece.kind, 1.0)
+        place += piece.n
+    fp_leave(fp)
+
+
+def joined(list arrays not None):
+    """Return a new float32 vector of all elements, array after array, and how many each array has.
+
+    A small copy keeps the GIL: to take it back from another thread would cost more than the copy.
+    """
+    cdef _Borrowed borrowed = _Borrowed(arrays, False)
+    cdef list sizes = [borrowed.pieces[i].n for i in range(borrowed.count)]
+    cdef Py_ssize_t total = sum(sizes)
+    vector = np.empty(total, np.float32)
+    cdef float[::1] memory = vector
+    if total > LARGE:
+        with nogil:
+            _join(borrowed, &memory[0])
+    elif total > 0:
+        _join(borrowed, &memory[0])
+    return vector, sizes
