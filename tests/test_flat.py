@@ -161,7 +161,7 @@ def test_locate_finds_every_element() -> None:
 
 
 @pytest.mark.parametrize("copy_of", [copy.copy, copy.deepcopy, lambda flat: pickle.loads(pickle.dumps(flat))])
-@pytest.mark.parametrize("size", [3, 1 << 14])
+@pytest.mark.parametrize("size", [3, 1 << 16])
 def test_copies_keep_views_and_vector_together(copy_of, size: int) -> None:
     """Copied attribute by attribute, the views would be arrays of their own: writing to one would miss the vector."""
     flat = FlatBuffer([("a", (size,)), ("b", (2,))], phase=1)

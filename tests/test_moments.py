@@ -75,8 +75,21 @@ def test_moments_are_zero_at_first_and_aligned(dtype: str, size: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_moments_start_in_their_own_quarters_of_a_page(dtype: str) -> None:
-    moments = Moments(1 << 14, dtype)
+    moments = Moments(1 << 16, dtype)
     assert [array.ctypes.data % 4096 for array in (moments.stored_m, moments.stored_v)] == [2048, 3072]
+
+
+@pytest.mark.parametrize("size", [4096, 4100, 5000, 8192, 10_000, 32_767])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_smaller_moments_lie_in_one_block_and_apart_in_their_pages(dtype: str, size: int) -> None:
+    """Thousands of trainers have such: no page is left out for one, and none of them looks like another to the CPU."""
+    moments = Moments(size, dtype)
+    m, v = moments.stored_m, moments.stored_v
+    assert m.base is v.base
+    assert m.nbytes + v.nbytes <= m.base.nbytes <= m.nbytes + v.nbytes + 4096 + 256
+    assert 512 <= (v.ctypes.data - m.ctypes.data) % 4096 <= 3584
+    assert (m.ctypes.data % 64, v.ctypes.data % 64) == (0, 0)
+    assert m.ctypes.data + m.nbytes <= v.ctypes.data
 
 
 @pytest.mark.parametrize(("dtype", "each"), [("float32", 8.0), ("bfloat16", 4.0), ("8bit", 2 + 2 / 256)])

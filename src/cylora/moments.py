@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from cylora import checks
 from cylora.config import STATE_DTYPES
 from cylora.errors import StateError
-from cylora.flat import FloatArray, aligned_zeros
+from cylora.flat import FloatArray, aligned_together
 
 __all__ = ["Moments", "checked_sizes"]
 
@@ -64,8 +64,9 @@ class Moments:
     def __init__(self, sizes: int | Sequence[int], dtype: str = "float32") -> None:
         self.sizes, self.dtype = _as_sizes(sizes), dtype
         self.size = size = sum(self.sizes)
-        self.stored_m: NDArray[Any] = aligned_zeros(size, STORED[dtype][0], phase=2)
-        self.stored_v: NDArray[Any] = aligned_zeros(size, STORED[dtype][1], phase=3)
+        self.stored_m: NDArray[Any]
+        self.stored_v: NDArray[Any]
+        self.stored_m, self.stored_v = aligned_together(size, tuple(zip(STORED[dtype], (2, 3), strict=True)))
         chunks = _chunks(self.sizes) if dtype == "8bit" else 0
         self.m_exponents: NDArray[np.uint8] = np.zeros(chunks, np.uint8)
         self.v_exponents: NDArray[np.uint8] = np.zeros(chunks, np.uint8)

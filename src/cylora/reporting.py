@@ -12,15 +12,20 @@ logger = logging.getLogger("cylora")
 
 def reporter(on_step: Callable[[TrainingStep], object] | None) -> Callable[[TrainingStep], None]:
     """Return the function that reports a step. It knows no trainer: a cycle would free that one's memory late."""
+    if on_step is None:
+        return _log
 
     def report(record: TrainingStep) -> None:
-        if logger.isEnabledFor(logging.INFO):  # asked first: taking the record apart costs more than a small step
-            logger.info(
-                "step %d: loss %.6g, learning rate %.3g, gradient norm %.4g%s",
-                *record[:4],
-                ", skipped" if record.skipped else "",
-            )
-        if on_step is not None:
-            on_step(record)
+        _log(record)
+        on_step(record)
 
     return report
+
+
+def _log(record: TrainingStep) -> None:
+    if logger.isEnabledFor(logging.INFO):  # asked first: taking the record apart costs more than a small step
+        logger.info(
+            "step %d: loss %.6g, learning rate %.3g, gradient norm %.4g%s",
+            *record[:4],
+            ", skipped" if record.skipped else "",
+        )

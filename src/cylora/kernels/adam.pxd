@@ -25,7 +25,9 @@ cdef class PreparedAdam:
     cdef const void* starts[6]      # what a gradient must not overlap
     cdef Py_ssize_t sizes[6]
     cdef int regions
-    cdef tuple _kept                # whose memory the task points into
+    # Whose memory it points into. Not as memoryviews: of thousands of trainers those would take more than all else here.
+    cdef tuple _kept                # the task: parameters, moments, average
+    cdef tuple _recorded, _waiting  # what comes next
     # What `attach`, `attach_report` and `attach_pending` set: the schedule, and where steps and micro-batches are recorded.
     cdef object schedule
     cdef int64_t steady_from
@@ -34,12 +36,13 @@ cdef class PreparedAdam:
     cdef object history
     cdef object report
     cdef int64_t report_every
-    cdef double[:, ::1] rows        # (capacity, 3): loss, learning rate, norm
-    cdef uint8_t[::1] flags         # (capacity,): skipped
-    cdef double[::1] sums           # losses, skipped steps, first loss
-    cdef int64_t[::1] count         # steps ever
-    cdef double[::1] pending_sums   # weighted losses, weights
-    cdef int64_t[::1] pending       # micro-batches waiting
+    cdef Py_ssize_t capacity
+    cdef double* rows               # (capacity, 3): loss, learning rate, norm
+    cdef uint8_t* flags             # (capacity,): skipped
+    cdef double* sums               # (3,): losses, skipped steps, first loss
+    cdef int64_t* count             # (1,): steps ever
+    cdef double* pending_sums       # (2,): weighted losses, weights; NULL before `attach_pending`
+    cdef int64_t* pending           # (1,): micro-batches waiting
     # What `attach_guard` and `keep_state` set.
     cdef object guard               # loss -> the largest norm that the step may have
     cdef object divergence          # (norm, limit) -> the error for a larger one

@@ -99,8 +99,7 @@ cdef class PreparedAdam:
             self.task.parts[i].step.p = &parameters[self.task.parts[i].start]
             if average is not None:
                 self.task.parts[i].step.average = &average[self.task.parts[i].start]
-        self._kept = (parameters, m, v, m_exponents, v_exponents, average)
-        self.pending_sums = self.pending = None  # a memoryview never assigned is not None, but NULL
+        self._kept = (parameters.base, moments, None if average is None else average.base)
         self.task.max_norm, self.task.norm_limit, self.max_rate = max_grad_norm, norm_limit, max_rate
         self.task.threads, self.task.divisor, self.skips = threads, 1.0, skips
         self.task.average_weight = average_weight
@@ -158,7 +157,8 @@ cdef class PreparedAdam:
         """Count micro-batches and sum their weighted losses and weights here."""
         if sums.shape[0] != 2 or pending.shape[0] != 1:
             raise ValueError("sums must be (2,), pending (1,)")
-        self.pending_sums, self.pending = sums, pending
+        self._waiting = (sums.base, pending.base)
+        self.pending_sums, self.pending = &sums[0], &pending[0]
 
     def attach_guard(self, guard, divergence, bint skips):
         """Let no step be applied whose norm is above ``guard(loss)``, which may refuse the loss by raising.
@@ -252,7 +252,7 @@ cdef class PreparedAdam:
         cdef int i
         self.enter()
         try:
-            if self.pending is None or total.shape[0] != n:
+            if self.pending == NULL or total.shape[0] != n:
                 raise ValueError(f"attach_pending comes before accumulate, and total must have {n} elements")
             self._borrow(grad_a, grad_b)
             for i in range(self.held):
@@ -320,13 +320,13 @@ cdef class PreparedAdam:
     cdef int _prepare(self, object loss, object grad_a, object grad_b, bint accumulated) except -1:
         cdef double rate, divisor = 1.0
         cdef int64_t step
-        if self.record_type is None or (accumulated and self.pending is None):
+        if self.record_type is None or (accumulated and self.pending == NULL):
             raise ValueError("attach comes before run_step, and attach_pending before that of what is accumulated")
         if accumulated:
             if self.pending[0] == 0:
                 raise StateError("step_accumulated needs at least one accumulated micro-batch, got none")
             divisor = self.pending_sums[1]
-        elif self.pending is not None and self.pending[0] != 0:
+        elif self.pending != NULL and self.pending[0] != 0:
             raise StateError(
                 f"{self.pending[0]} micro-batches wait: call step_accumulated() or discard_accumulated() first")
         self._borrow(grad_a, grad_b)
@@ -338,7 +338,7 @@ cdef class PreparedAdam:
         rate = self._scheduled(step) if self.overrides is None else self._override(self.overrides, step)
         if self.guard is not None:
             self._heed_guard()
-        if step >= self.rows.shape[0] and self.history.make_room(self.rows.shape[0]):
+        if step >= self.capacity and self.history.make_room(self.capacity):
             self._take(self.history.buffers())
         if self.count[0] != step:
             raise StateError("the history changed during the step: its schedule or loss wrote to it")
@@ -389,17 +389,17 @@ cdef class PreparedAdam:
         set_float(PyTuple_GET_ITEM(record, 3), self.task.norm)
         if skipped:
             _replace(record, 5, True)
-        slot = self.index % self.rows.shape[0]
-        self.rows[slot, 0] = self.loss
-        self.rows[slot, 1] = self.task.rate
-        self.rows[slot, 2] = self.task.norm
+        slot = self.index % self.capacity
+        self.rows[3 * slot] = self.loss
+        self.rows[3 * slot + 1] = self.task.rate
+        self.rows[3 * slot + 2] = self.task.norm
         self.flags[slot] = skipped
         if self.index == 0:
             self.sums[2] = self.loss
         self.sums[0] += self.loss
         self.sums[1] += skipped
         self.count[0] = self.index + 1
-        if self.pending is not None:
+        if self.pending != NULL:
             self.pending[0] = 0
         return record
 
@@ -499,7 +499,9 @@ cdef class PreparedAdam:
         cdef int64_t[::1] count = buffers[3]
         if rows.shape[0] == 0 or rows.shape[1] != 3 or flags.shape[0] != rows.shape[0] or sums.shape[0] != 3 or count.shape[0] != 1:
             raise ValueError("a history's buffers must be (capacity, 3), (capacity,), (3,) and (1,)")
-        self.rows, self.flags, self.sums, self.count = rows, flags, sums, count
+        self._recorded = buffers
+        self.rows, self.flags, self.sums, self.count = &rows[0, 0], &flags[0], &sums[0], &count[0]
+        self.capacity = rows.shape[0]
         return 0
 
     cdef int _lay_parts(self, object parts, AdamRule rule, int64_t t) except -1:
