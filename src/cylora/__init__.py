@@ -22,6 +22,7 @@ from cylora.errors import (
     NonFiniteGradientError,
     PublishError,
     StateError,
+    StoreError,
     TaskError,
     TrainerBusyError,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "NonFiniteGradientError",
     "PublishError",
     "StateError",
+    "StoreError",
     "TaskError",
     "TrainerBusyError",
     "TrainingHistory",

@@ -11,6 +11,7 @@ __all__ = [
     "NonFiniteGradientError",
     "PublishError",
     "StateError",
+    "StoreError",
     "TaskError",
     "TrainerBusyError",
 ]
@@ -54,6 +55,10 @@ class StateError(CyloraError, ValueError):
 
 class PublishError(CyloraError, RuntimeError):
     """A snapshot was refused, by the publisher or by a server that was to load it. What was published before stays."""
+
+
+class StoreError(CyloraError, RuntimeError):
+    """A store has no room for a tenant, or could not write what it has. Nothing that was learned is lost."""
 
 
 class DeadlineError(CyloraError, TimeoutError):

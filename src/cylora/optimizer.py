@@ -12,7 +12,17 @@ from cylora.config import MAX_LEARNING_RATE, LoraTrainingConfig, thread_count
 from cylora.errors import InputError, NonFiniteGradientError, StateError
 from cylora.flat import FlatBuffer, FloatArray, Layout, aligned_zeros, locate
 from cylora.good_state import GoodState
-from cylora.kernels import PreparedAdam, PreparedTensors, clip, isa, joined, norm, step_many, variants
+from cylora.kernels import (
+    PreparedAdam,
+    PreparedTensors,
+    check_gradient,
+    clip,
+    isa,
+    joined,
+    norm,
+    step_many,
+    variants,
+)
 from cylora.moments import Moments, checked_sizes
 from cylora.overrides import AdamParams
 from cylora.parts import Part, max_rate, parts_of
@@ -22,6 +32,7 @@ __all__ = [
     "Adam",
     "AdamState",
     "PreparedTensors",
+    "check_gradient",
     "check_rate",
     "clip_grad_norm_",
     "grad_norm",

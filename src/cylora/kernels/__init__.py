@@ -2,8 +2,19 @@
 
 from cylora.kernels.adam import PreparedAdam
 from cylora.kernels.arrays import clip, joined, norm
+from cylora.kernels.buffers import check_gradient
 from cylora.kernels.dispatch import isa, variants
 from cylora.kernels.many import step_many
 from cylora.kernels.tensors import PreparedTensors
 
-__all__ = ["PreparedAdam", "PreparedTensors", "clip", "isa", "joined", "norm", "step_many", "variants"]
+__all__ = [
+    "PreparedAdam",
+    "PreparedTensors",
+    "check_gradient",
+    "clip",
+    "isa",
+    "joined",
+    "norm",
+    "step_many",
+    "variants",
+]

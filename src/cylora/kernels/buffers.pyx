@@ -289,6 +289,14 @@ cdef int acquire_gradient(
     return 0
 
 
+def check_gradient(provider, str name not None, Py_ssize_t rows, Py_ssize_t columns):
+    """Raise the InputError that a step would if this is no gradient of that shape (``columns`` -1: a vector)."""
+    cdef Py_buffer view
+    cdef Piece piece
+    acquire_gradient(provider, &view, &piece, name, rows, columns)
+    PyBuffer_Release(&view)
+
+
 cdef bint overlap(const void* a, Py_ssize_t a_bytes, const void* b, Py_ssize_t b_bytes) noexcept nogil:
     return <const char*> a < <const char*> b + b_bytes and <const char*> b < <const char*> a + a_bytes
 

@@ -7,10 +7,12 @@ from cylora.serving.online import OnlineTrainer
 from cylora.serving.publisher import AdapterPublisher
 from cylora.serving.snapshot import AdapterSnapshot
 from cylora.serving.stepping import StepTarget
+from cylora.serving.store import AdapterStore
 
 __all__ = [
     "AdapterPublisher",
     "AdapterSnapshot",
+    "AdapterStore",
     "OnlineTrainer",
     "ServingMetrics",
     "StepTarget",

@@ -1,0 +1,392 @@
+"""Residency: which of a store's tenants are in memory, who owns each, and how room is made within the budget.
+
+(a) One lock guards the index: who is in memory, who owns whom, the bytes. It is never held while files are read or
+    written, or steps are done. Meanwhile the tenant has an owner, a thread, and everybody else who wants it waits.
+(b) Bytes are reserved before anything is read or made, and given back after it is gone. What leaves memory is on disk
+    first, synced.
+(c) Nobody waits with tenants in hand that others may wait for, but for what a caller holds by `AdapterStore.use`: so
+    nobody waits for ever.
+"""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from cylora.adapter import AdapterSet, LoraAdapter
+from cylora.config import LoraTrainingConfig
+from cylora.errors import CyloraError, InputError, StateError, StoreError
+from cylora.serving.snapshot import AdapterSnapshot
+from cylora.serving.tenant import OBJECT_BYTES, Tenant, share_configs, snapshot_bytes, tenant_bytes
+from cylora.serving.tenant_files import TenantFolder
+from cylora.trainer import LoraTrainer
+
+__all__ = ["NotNowError", "Residency", "StoreMetrics"]
+
+SPARED_SHARE = 4  # snapshots of tenants that are on disk take at most one part in so many of the budget
+
+
+class StoreMetrics(Protocol):
+    """Who is told of what a store does."""
+
+    def resident(self, bytes_: int, tenants: int) -> object:
+        """Note what memory holds."""
+        ...
+
+    def spilled(self) -> object:
+        """Count a tenant that left memory."""
+        ...
+
+    def restored(self) -> object:
+        """Count a tenant that came back."""
+        ...
+
+    def published(self, tenant: str, version: int) -> object:
+        """Count a version."""
+        ...
+
+    def refused(self, tenant: str) -> object:
+        """Count a snapshot that was refused."""
+        ...
+
+
+class NotNowError(Exception):
+    """Somebody who must not wait would have to."""
+
+
+class Residency:
+    """The index of all tenants and the memory of those in it.
+
+    Parameters
+    ----------
+    folder : TenantFolder
+    budget : int, bytes
+    config_of : callable
+        Tenant -> its LoraTrainingConfig, were it a new one.
+    metrics : StoreMetrics, optional
+    """
+
+    def __init__(
+        self,
+        folder: TenantFolder,
+        budget: int,
+        config_of: Callable[[str], LoraTrainingConfig],
+        metrics: StoreMetrics | None,
+    ) -> None:
+        self.budget, self._folder, self._config_of, self._metrics = budget, folder, config_of, metrics
+        self._process = os.getpid()
+        self.changed = threading.Condition(threading.Lock())
+        self.tenants = {name: Tenant(name) for name in folder.tenants()}
+        self.resident: OrderedDict[str, Tenant] = OrderedDict()  # the least recently used first
+        self._spared: OrderedDict[str, Tenant] = OrderedDict()  # on disk, with a snapshot in memory; the oldest first
+        self._spared_bytes = 0
+        self.bytes = 0
+        self._arriving: set[int] = set()  # threads that have room for what they are bringing into memory
+        self._closer: int | None = None  # the thread that is closing the store
+        self.is_closed = False
+        self.counts = dict.fromkeys(("spilled", "restored", "failed_writes"), 0)
+
+    # ------------------------------------------------------------------ owning
+
+    def require_open(self) -> None:
+        """Raise StateError in a forked child, and once the store is closed."""
+        if os.getpid() != self._process:
+            raise StateError(
+                "this store belongs to the process that opened it, and this one was forked from it: only latest() "
+                "works here; open a store of its own, on another folder"
+            )
+        if self.is_closed or self._closer not in (None, threading.get_ident()):
+            raise StateError("this store is closed")
+
+    def find(self, name: Any) -> Tenant:
+        """Return a tenant, or raise InputError."""
+        tenant = self.tenants.get(name) if isinstance(name, str) else None
+        if tenant is None:
+            raise InputError(f"tenant must be one that was created, got {name!r:.80}")
+        return tenant
+
+    def own(self, name: Any, *, waits: bool = True) -> Tenant:
+        """Return a tenant that this thread owns from now on, until `release`. It may be on disk only."""
+        self.require_open()
+        me = threading.get_ident()
+        with self.changed:
+            while True:
+                self.require_open()
+                tenant = self.find(name)
+                if tenant.owner is None or tenant.owner == me:
+                    tenant.owner, tenant.depth = me, tenant.depth + 1
+                    return tenant
+                if not waits:
+                    raise NotNowError
+                self.changed.wait()
+
+    def acquire(self, name: Any, *, waits: bool = True) -> Tenant:
+        """Return a tenant that is in memory and this thread's, until `release`."""
+        tenant = self.own(name, waits=waits)
+        try:
+            if tenant.trainer is None:
+                self._bring_in(tenant, waits)
+            else:
+                with self.changed:
+                    self.resident.move_to_end(tenant.name)
+        except BaseException:
+            self.release((tenant,))
+            raise
+        return tenant
+
+    def take_resident(self, names: Iterable[Any], held: list[Tenant]) -> None:
+        """Acquire tenants, one after the other, into ``held``, up to the first that takes waiting or reading."""
+        self.require_open()
+        me = threading.get_ident()
+        with self.changed:
+            self.require_open()
+            tenants, to_end = self.tenants, self.resident.move_to_end
+            for name in names:
+                tenant = tenants.get(name)
+                if tenant is None or tenant.trainer is None or tenant.owner not in (None, me):
+                    return
+                tenant.owner, tenant.depth = me, tenant.depth + 1
+                held.append(tenant)
+                to_end(name)
+
+    def release(self, tenants: Iterable[Tenant]) -> None:
+        """Let others have what this thread has acquired."""
+        with self.changed:
+            for tenant in tenants:
+                tenant.depth -= 1
+                if tenant.depth == 0:
+                    tenant.owner = None
+            self.changed.notify_all()
+
+    # ------------------------------------------------------------------ into memory
+
+    def begin(self, name: str) -> Tenant:
+        """Return a new tenant that this thread owns and that is nowhere yet; InputError if there is one of the name."""
+        self.require_open()
+        is_left = self._folder.file(name).exists()  # put there by somebody else: not ours to replace
+        with self.changed:
+            self.require_open()
+            if name in self.tenants or is_left:
+                raise InputError(f"tenant must be new to be created, got {name!r:.80}")
+            tenant = self.tenants[name] = Tenant(name)
+            tenant.owner, tenant.depth = threading.get_ident(), 1
+        return tenant
+
+    def settle(self, tenant: Tenant, trainer: LoraTrainer, adapters: LoraAdapter | AdapterSet) -> None:
+        """Take a new tenant into memory, after making room."""
+        n_bytes = tenant_bytes(trainer, adapters)
+        self.reserve(n_bytes)
+        with self.changed:
+            tenant.is_dirty = True
+            self._install(tenant, trainer, adapters, n_bytes)
+
+    def forget(self, tenant: Tenant) -> None:
+        """Leave nothing of a tenant in memory."""
+        with self.changed:
+            if tenant.trainer is not None:
+                self._take_out(tenant)
+            self.put_snapshot(tenant, None)
+            del self.tenants[tenant.name]
+
+    def _bring_in(self, tenant: Tenant, waits: bool) -> None:
+        while True:
+            expected = tenant.n_bytes or self._estimate(tenant)
+            self.reserve(expected, waits=waits)
+            try:
+                config = self._config_of(tenant.name)
+                changes = {"schedule": config.schedule} if callable(config.schedule) else {}  # not in the file
+                checkpoint = self._folder.load(tenant.name, **changes)
+                share_configs(config, checkpoint.trainer, checkpoint.adapters)
+                tenant.n_bytes = tenant_bytes(checkpoint.trainer, checkpoint.adapters)
+                if tenant.n_bytes <= expected:
+                    with self.changed:
+                        tenant.version = max(tenant.version, checkpoint.extra["version"])
+                        self._install(tenant, checkpoint.trainer, checkpoint.adapters, expected)
+                        self.counts["restored"] += 1
+                        if self._metrics is not None:
+                            self._metrics.restored()
+                    return
+                del checkpoint  # the file was smaller than what comes of it: once more, with room for that
+            except BaseException:
+                self.give_back(expected)
+                raise
+            self.give_back(expected)
+
+    def _estimate(self, tenant: Tenant) -> int:
+        return min(self._folder.file(tenant.name).stat().st_size + OBJECT_BYTES, self.budget)
+
+    def _install(self, tenant: Tenant, trainer: LoraTrainer, adapters: LoraAdapter | AdapterSet, reserved: int) -> None:
+        tenant.trainer, tenant.adapters, tenant.layout = trainer, adapters, adapters.flat.layout
+        tenant.n_bytes = tenant_bytes(trainer, adapters)
+        self.bytes += tenant.n_bytes - reserved
+        self._arriving.discard(threading.get_ident())
+        self.resident[tenant.name] = tenant
+        if self._spared.pop(tenant.name, None) is not None:
+            self._spared_bytes -= snapshot_bytes(tenant.snapshot)
+        self._note()
+
+    # ------------------------------------------------------------------ out of memory
+
+    def save(self, tenant: Tenant) -> None:
+        """Write an owned tenant, if memory has what its file has not."""
+        if tenant.is_dirty and tenant.trainer is not None and tenant.adapters is not None:
+            try:
+                self._folder.save(tenant.name, tenant.trainer, tenant.adapters, {"version": tenant.version})
+            except BaseException:
+                self.counts["failed_writes"] += 1
+                raise
+            tenant.is_dirty = False
+
+    def reserve(self, n_bytes: int, *, waits: bool = True) -> None:
+        """Make room, if need be by writing the least recently used tenants to disk, and count it as taken.
+
+        Raises
+        ------
+        StoreError    If there is none to be made. Whoever could not be written is still in memory.
+        NotNowError   If others must be waited for, and ``waits`` is False.
+        """
+        if n_bytes > self.budget:
+            raise StoreError(f"memory_budget must be at least {n_bytes} for this tenant alone, got {self.budget}")
+        stuck: dict[str, Exception] = {}
+        while True:
+            with self.changed:
+                victim = self._victim(n_bytes, waits, stuck)
+                if victim is None:
+                    self.bytes += n_bytes
+                    self._arriving.add(threading.get_ident())
+                    return
+                victim.owner, victim.depth = threading.get_ident(), 1
+            try:
+                self.save(victim)
+                with self.changed:
+                    self._spill(victim)
+            except (OSError, CyloraError) as error:
+                stuck[victim.name] = error
+            finally:
+                self.release((victim,))
+
+    def give_back(self, n_bytes: int) -> None:
+        """Count reserved bytes as free again."""
+        with self.changed:
+            self.bytes -= n_bytes
+            self._arriving.discard(threading.get_ident())
+            self.changed.notify_all()
+
+    def reserve_quietly(self, n_bytes: int) -> None:
+        """Do what `reserve` does for what is made later: nobody waits for it."""
+        self.reserve(n_bytes)
+        with self.changed:
+            self._arriving.discard(threading.get_ident())
+            self.changed.notify_all()
+
+    def _victim(self, n_bytes: int, waits: bool, stuck: dict[str, Exception]) -> Tenant | None:
+        """Return who is to leave memory next, or None if there is room."""
+        while self.bytes + n_bytes > self.budget:
+            # A disk that took one file no more takes no other either: then only those leave that need no writing.
+            is_full = any(isinstance(error, OSError) for error in stuck.values())
+            for tenant in self.resident.values():
+                if tenant.owner is None and tenant.name not in stuck and not (is_full and tenant.is_dirty):
+                    return tenant
+            if self._spared:
+                self._drop_oldest_snapshot()
+            elif not waits:
+                raise NotNowError
+            elif self._others_at_work():
+                self.changed.wait()
+                self.require_open()
+            else:
+                free = self.budget - self.bytes
+                missing = f"{n_bytes} bytes of memory_budget, {self.budget}, must be free, got {free}"
+                if stuck:
+                    name, error = next(iter(stuck.items()))
+                    raise StoreError(f"{missing}, and tenant {name!r:.80} could not be written: {error}") from error
+                raise StoreError(f"{missing}: all other tenants in memory are in use")
+        return None
+
+    def _others_at_work(self) -> bool:
+        me = threading.get_ident()
+        return bool(self._arriving - {me}) or any(
+            tenant.owner not in (None, me) and not tenant.is_pinned for tenant in self.resident.values()
+        )
+
+    def _spill(self, tenant: Tenant) -> None:
+        self._take_out(tenant)
+        self.counts["spilled"] += 1
+        if self._metrics is not None:
+            self._metrics.spilled()
+        if tenant.snapshot is not None:
+            self._spared[tenant.name] = tenant
+            self._spared_bytes += snapshot_bytes(tenant.snapshot)
+            while self._spared_bytes > self.budget // SPARED_SHARE:
+                self._drop_oldest_snapshot()
+
+    def _take_out(self, tenant: Tenant) -> None:
+        del self.resident[tenant.name]
+        tenant.trainer = tenant.adapters = None
+        self.bytes -= tenant.n_bytes
+        self._note()
+
+    def _drop_oldest_snapshot(self) -> None:
+        self.put_snapshot(next(iter(self._spared.values())), None)
+
+    # ------------------------------------------------------------------ what else takes memory
+
+    def put_snapshot(self, tenant: Tenant, snapshot: AdapterSnapshot | None, reserved: int = 0) -> None:
+        """Replace a tenant's snapshot by one for which so much is reserved, or by none. Under the lock."""
+        old, tenant.snapshot = tenant.snapshot, snapshot
+        if self._spared.pop(tenant.name, None) is not None:
+            self._spared_bytes -= snapshot_bytes(old)
+        self.bytes += snapshot_bytes(snapshot) - reserved - snapshot_bytes(old)
+        self._note()
+
+    def pin(self, tenant: Tenant, *, is_pinned: bool) -> None:
+        """Say whether the owner may keep a tenant for as long as it likes: then nobody waits for its memory."""
+        with self.changed:
+            tenant.is_pinned = is_pinned
+            self.changed.notify_all()
+
+    def recount(self, tenant: Tenant, trainer: LoraTrainer, adapters: LoraAdapter | AdapterSet) -> None:
+        """Count an owned tenant anew, after its owner did with it what it liked."""
+        n_bytes = tenant_bytes(trainer, adapters)
+        with self.changed:
+            self.bytes += n_bytes - tenant.n_bytes
+            tenant.n_bytes = n_bytes
+
+    # ------------------------------------------------------------------ the end
+
+    def begin_closing(self) -> bool:
+        """Let no other thread begin anything and wait until all have ended; False if it is closed already.
+
+        `end_closing` follows. In a forked child there is nothing to close.
+        """
+        if os.getpid() != self._process:
+            return False
+        me = threading.get_ident()
+        with self.changed:
+            while self._closer is not None and not self.is_closed:
+                self.changed.wait()
+            if self.is_closed:
+                return False
+            self._closer = me
+            self.changed.notify_all()
+            try:
+                while any(tenant.owner not in (None, me) for tenant in self.tenants.values()):
+                    self.changed.wait()
+            except BaseException:
+                self._closer = None
+                raise
+        return True
+
+    def end_closing(self, *, is_closed: bool) -> None:
+        """Let go of everything, or where not all could be written be as open as before."""
+        with self.changed:
+            self._closer, self.is_closed = None, is_closed
+            if is_closed:
+                self.tenants, self.resident, self.bytes = {}, OrderedDict(), 0
+                self._spared, self._spared_bytes = OrderedDict(), 0
+            self.changed.notify_all()
+
+    def _note(self) -> None:
+        if self._metrics is not None:
+            self._metrics.resident(self.bytes, len(self.resident))

@@ -1,0 +1,434 @@
+"""AdapterStore: thousands of tenants' adapters and trainers within a memory budget, the rest of them on disk."""
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, NoReturn, Self
+
+from cylora import checks
+from cylora.adapter import AdapterSet, LoraAdapter
+from cylora.config import LoraTrainingConfig, thread_count
+from cylora.errors import ConfigError, CyloraError, InputError, PublishError, StateError, StoreError
+from cylora.formats.weights import check_finite
+from cylora.history import TrainingStep
+from cylora.many import step_many
+from cylora.serving.publisher import AdapterPublisher
+from cylora.serving.residency import NotNowError, Residency, StoreMetrics
+from cylora.serving.snapshot import AdapterSnapshot
+from cylora.serving.tenant import Tenant, check_gradients, published_bytes
+from cylora.serving.tenant_files import TenantFolder
+from cylora.serving.tenant_names import checked_name
+from cylora.trainer import LoraTrainer
+
+__all__ = ["AdapterStore"]
+
+HISTORY_LIMIT = 100
+
+Adapters = LoraAdapter | AdapterSet
+ConfigFor = Callable[[str], LoraTrainingConfig]
+Outcomes = list[Any]  # for each job None, then a TrainingStep or an Exception
+
+
+class AdapterStore:
+    """Train many tenants, each with adapters, moments, schedule, counters and history of its own.
+
+    Tenants stay in memory as far as ``memory_budget`` goes. Those used least recently are written to disk, one file for
+    each, synced, and come back when they are wanted: to the same bits, with their pending micro-batches, averages and
+    guards. One tenant's error, non-finite gradient or damaged file touches no other.
+
+    Parameters
+    ----------
+    new_adapters : callable
+        Tenant -> LoraAdapter or AdapterSet to begin with, finite. The store takes a copy, so it may be one for all.
+    config : LoraTrainingConfig, optional
+        Of new tenants; by default that of `LoraTrainingConfig` with ``log_every=0``. A ``history_limit`` of None is 100
+        here: memory stays flat. A tenant that comes from disk keeps the config it was saved with, but for a
+        ``schedule`` that is a function: that is taken from here.
+    folder : path
+        Of this store alone; made if it is not there. Tenants that an earlier store left in it are there again.
+    memory_budget : int, bytes
+        For the tenants in memory. Counted are, for each: parameters, moments, average, state to go back to, waiting
+        micro-batches, the full history that its limit allows, and 12 KiB of objects (1 KiB more for each matrix beyond
+        the second); and snapshots for serving. Not counted: some 500 bytes of index for each tenant, on disk or not,
+        the caller's gradients, one tenant that ``new_adapters`` or a file being read has just made, and what readers
+        keep of snapshots that were replaced.
+    config_for : callable, optional
+        Tenant -> LoraTrainingConfig, instead of ``config``.
+    threads : int in 1..64, optional
+        As for `cylora.step_many`.
+    max_norm_ratio : float >= 1, optional
+        As for `AdapterPublisher`: `publish` refuses a snapshot whose norm is more than this times the one before.
+    metrics : optional
+        Told of the bytes and tenants in memory, of each that leaves or comes back, and of published versions.
+
+    Raises
+    ------
+    ConfigError, InputError   If a parameter breaks its rule.
+    StateError                If another store has the folder open.
+    OSError                   If the folder cannot be made or read.
+
+    Notes
+    -----
+    Any number of threads may call. A tenant is one thread's at a time, others wait for it; different tenants run in
+    parallel, also while a third is read or written. Names are any Unicode text that takes at most 200 bytes as a file's
+    name (`a-z 0-9 . _ @ + -` one byte each, other characters three for each byte of their UTF-8 form).
+
+    Room is made before it is needed. If a tenant cannot be written (a full disk), it stays in memory, one that needs no
+    writing leaves instead, and if there is none the call that needed the room gets a StoreError: nothing that a step
+    has returned is lost. A tenant whose file is damaged gets a FormatError that names the file, each time, and the file
+    stays as it is: repair it, or `remove` the tenant and create it again.
+
+    A store belongs to the process that opened it. In a forked child `latest` works, `close` does nothing, and all else
+    is a StateError: what a child learned could not be kept.
+    """
+
+    def __init__(
+        self,
+        new_adapters: Callable[[str], Adapters],
+        config: LoraTrainingConfig | None = None,
+        *,
+        folder: str | os.PathLike[str],
+        memory_budget: int,
+        config_for: ConfigFor | None = None,
+        threads: int | None = None,
+        max_norm_ratio: float | None = None,
+        metrics: StoreMetrics | None = None,
+    ) -> None:
+        for name, function in (("new_adapters", new_adapters), ("config_for (if not None)", config_for)):
+            if not callable(function) and (function is not None or name == "new_adapters"):
+                raise ConfigError(f"{name} must be callable, got {type(function).__name__}")
+        default = _bounded(LoraTrainingConfig(log_every=0) if config is None else config)
+        # Not a method: a store in a cycle would keep its memory and its folder when nobody has it any more.
+        self._config_of = partial(_config_of, default, config_for)
+        self._new_adapters, self._metrics = new_adapters, metrics
+        self._threads = thread_count(threads)
+        self._max_norm_ratio = max_norm_ratio
+        if max_norm_ratio is not None:
+            rule = "max_norm_ratio (if not None)", max_norm_ratio, ">= 1", lambda x: x >= 1
+            self._max_norm_ratio = checks.real(*rule)
+        budget = checks.integer("memory_budget", memory_budget, 1)
+        self._folder = TenantFolder(folder)
+        self._memory = Residency(self._folder, budget, self._config_of, metrics)
+
+    # ------------------------------------------------------------------ who is there
+
+    def create(self, tenant: str) -> None:
+        """Begin a new tenant. It is on disk from its first eviction, `flush` or `close` on.
+
+        Raises
+        ------
+        InputError
+            If there is one of this name (also one whose file is damaged), the name breaks its rule, or the new adapters
+            are none, or not finite.
+        StoreError
+            If there is no room. No tenant was created.
+        """
+        entry = self._memory.begin(checked_name(tenant))
+        try:
+            given = self._new_adapters(tenant)
+            if not isinstance(given, Adapters):
+                got = f"{type(given).__name__} for {tenant!r:.80}"
+                raise InputError(f"new_adapters must return a LoraAdapter or an AdapterSet, got {got}")
+            check_finite(given)
+            trainer = LoraTrainer(self._config_of(tenant))
+            self._memory.settle(entry, trainer, given.with_parameters(given.flat.vector))
+        except BaseException:
+            self._memory.forget(entry)
+            raise
+        finally:
+            self._memory.release((entry,))
+
+    def remove(self, tenant: str) -> None:
+        """Forget a tenant, in memory and on disk; waits for who is using it. Its name is free again.
+
+        Raises
+        ------
+        InputError   If there is no such tenant.
+        StateError   If this thread is using it.
+        OSError      If its file cannot be removed. The tenant is as before.
+        """
+        entry = self._memory.own(tenant)
+        try:
+            if entry.depth > 1:
+                raise StateError(f"a tenant must not be in use to be removed, got {tenant!r:.80}, used by this thread")
+            self._folder.remove(tenant)
+            self._memory.forget(entry)
+        finally:
+            self._memory.release((entry,))
+
+    def __contains__(self, tenant: object) -> bool:
+        return isinstance(tenant, str) and tenant in self._memory.tenants
+
+    def __len__(self) -> int:
+        return len(self._memory.tenants)
+
+    def tenants(self) -> list[str]:
+        """Return the names of all tenants, in memory or on disk, sorted."""
+        return sorted(list(self._memory.tenants))  # noqa: C414 - another thread may create one: list() is one step
+
+    # ------------------------------------------------------------------ training
+
+    def step(self, tenant: str, loss: float, grad_a: Any, grad_b: Any = None) -> TrainingStep:
+        """Do one step of a tenant and return its record; ``loss`` and gradients as for `LoraTrainer.step`.
+
+        Raises
+        ------
+        InputError, NonFiniteGradientError, DivergenceError, StateError
+            As for `LoraTrainer.step`; InputError also if there is no such tenant.
+        FormatError, OSError
+            If the tenant is on disk and cannot be read.
+        StoreError
+            If there is no room for it. In each case nothing was written.
+        """
+        with self._acquired(tenant) as (entry, trainer, adapters):
+            record = trainer.step(loss, adapters, grad_a, grad_b)
+            entry.is_dirty = True
+        return record
+
+    def step_many(self, jobs: Iterable[tuple[Any, ...]]) -> list[TrainingStep | Exception]:
+        """Do one step for each job and return, in their order, what each came to: a record, or its exception.
+
+        Parameters
+        ----------
+        jobs : iterable of (tenant, loss, grad_a, grad_b) or (tenant, loss, gradients)
+            As for `step`. Of one tenant's jobs the first is done first. Tenants that are on disk are loaded, as many at
+            a time as there is room for, and the steps of those together are one `cylora.step_many`.
+
+        Raises
+        ------
+        InputError   If ``jobs`` cannot be iterated.
+        StateError   If the store is closed, or a parent's.
+        """
+        self._memory.require_open()
+        try:
+            given = list(jobs)
+        except TypeError:
+            raise InputError(f"jobs must be an iterable of tuples, got {type(jobs).__name__}") from None
+        results: Outcomes = [None] * len(given)
+        places = deque(place for place, job in enumerate(given) if _is_job(job, place, results))
+        while places:
+            places = self._round(given, places, results)
+        return results
+
+    def _round(self, jobs: list[tuple[Any, ...]], places: deque[int], results: Outcomes) -> deque[int]:
+        """Do the first of each tenant's jobs; return the places of the others."""
+        first: dict[str, int] = {}
+        later = deque(place for place in places if first.setdefault(jobs[place][0], place) != place)
+        names = deque(first)
+        while names:
+            held: list[Tenant] = []
+            try:
+                self._gather(names, held, first, results)
+                batch = []
+                for one in held:
+                    _, loss, *gradients = jobs[first[one.name]]
+                    batch.append((one.trainer, loss, one.adapters, *gradients))
+                    one.is_dirty = True  # whatever comes of it: at worst a file is written again
+                for one, outcome in zip(held, step_many(batch, threads=self._threads), strict=True):
+                    results[first[one.name]] = outcome
+            finally:
+                self._memory.release(held)
+        return later
+
+    def _gather(self, names: deque[str], held: list[Tenant], first: dict[str, int], results: Outcomes) -> None:
+        """Acquire the first so many of ``names`` that can be held together, into ``held``; take them off ``names``."""
+        while names:
+            before = len(held)
+            self._memory.take_resident(names, held)
+            for _ in range(len(held) - before):
+                names.popleft()
+            if names:
+                try:
+                    held.append(self._memory.acquire(names[0], waits=not held))
+                except NotNowError:
+                    return
+                except Exception as error:
+                    results[first[names[0]]] = error
+                names.popleft()
+
+    def check(self, tenant: str, loss: float, grad_a: Any, grad_b: Any = None) -> None:
+        """Raise what `step` would for an unknown tenant, a loss that is no number, or a wrong shape or type.
+
+        Numbers are not looked at, nothing is written and no step is waited for. Only a tenant that this store has not
+        had in memory yet is loaded.
+        """
+        check_gradients(self._layout(tenant), loss, grad_a, grad_b)
+
+    @contextlib.contextmanager
+    def use(self, tenant: str) -> Iterator[tuple[LoraTrainer, Adapters]]:
+        """Give a tenant's (trainer, adapters), in memory and this thread's alone inside the ``with``.
+
+        There, whatever a trainer can do may be done; the thread may also step the tenant through the store. Afterwards
+        neither of the two may be kept: what is done to them may be lost. A thread that uses several tenants at once
+        should take them in one order, as with locks. Errors as for `step`.
+        """
+        with self._acquired(tenant) as (entry, trainer, adapters):
+            was_pinned = entry.is_pinned
+            self._memory.pin(entry, is_pinned=True)
+            try:
+                yield trainer, adapters
+            finally:
+                entry.is_dirty = True
+                self._memory.recount(entry, trainer, adapters)
+                self._memory.pin(entry, is_pinned=was_pinned)
+
+    # ------------------------------------------------------------------ serving
+
+    def publish(self, tenant: str) -> AdapterSnapshot:
+        """Copy a tenant's parameters between two of its steps, for `latest`, and return the copy.
+
+        Versions of a tenant rise by one, also from disk on, if it was written since.
+
+        Raises
+        ------
+        PublishError
+            If a parameter is not finite, or the norm jumped beyond ``max_norm_ratio``. The version before stays.
+        InputError, FormatError, OSError, StoreError
+            As for `step`.
+        """
+        room = published_bytes(self._layout(tenant))
+        self._memory.reserve_quietly(room)
+        try:
+            with self._acquired(tenant) as (entry, trainer, adapters):
+                publisher = AdapterPublisher(adapters, trainer, keep=1, max_norm_ratio=self._max_norm_ratio)
+                publisher.latest = entry.snapshot  # what the norm is compared with
+                snapshot = replace(publisher.publish(), version=entry.version + 1)
+                with self._memory.changed:
+                    self._memory.put_snapshot(entry, snapshot, room)
+                entry.version, entry.is_dirty = snapshot.version, True
+        except BaseException as error:
+            self._memory.give_back(room)
+            if isinstance(error, PublishError) and self._metrics is not None:
+                self._metrics.refused(tenant)
+            raise
+        if self._metrics is not None:
+            self._metrics.published(tenant, snapshot.version)
+        return snapshot
+
+    def latest(self, tenant: str) -> AdapterSnapshot | None:
+        """Return the version to serve, or None; takes no lock, waits for nobody and reads no file.
+
+        None before the first `publish`, also after a restart, and once the snapshot had to go: those of tenants that
+        are on disk stay in memory only as long as they take at most a quarter of the budget, the oldest goes first.
+        Then `publish` makes one again.
+
+        Raises
+        ------
+        InputError   If there is no such tenant.
+        StateError   If the store is closed.
+        """
+        if self._memory.is_closed:
+            raise StateError("this store is closed")
+        return self._memory.find(tenant).snapshot
+
+    # ------------------------------------------------------------------ to disk
+
+    def flush(self) -> None:
+        """Write every tenant whose file is not up to date; those that are being used are waited for.
+
+        Raises
+        ------
+        StoreError
+            If some could not be written. All others are, and those stay in memory.
+        """
+        self._memory.require_open()
+        with self._memory.changed:
+            names = [one.name for one in self._memory.resident.values() if one.is_dirty or one.owner is not None]
+        failures: list[tuple[str, Exception]] = []
+        for name in names:
+            try:
+                entry = self._memory.own(name)
+            except InputError:  # removed meanwhile
+                continue
+            try:
+                self._memory.save(entry)
+            except (OSError, CyloraError) as error:
+                failures.append((name, error))
+            finally:
+                self._memory.release((entry,))
+        if failures:
+            name, first = failures[0]
+            count = f"{len(failures)} of {len(names)} tenants could not be written and stay in memory"
+            raise StoreError(f"{count}, the first {name!r:.80}: {first}") from first
+
+    def close(self) -> None:
+        """Wait for steps under way, write what is to be written, and let go of everything. Closing twice is fine.
+
+        Raises
+        ------
+        StoreError   If some tenants could not be written, as for `flush`. The store is open as before.
+        """
+        if self._memory.begin_closing():
+            is_closed = False
+            try:
+                self.flush()
+                is_closed = True
+            finally:
+                self._memory.end_closing(is_closed=is_closed)
+            self._folder.close()
+
+    def __enter__(self) -> Self:
+        self._memory.require_open()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ figures
+
+    @property
+    def resident_bytes(self) -> int:
+        """What memory holds, counted as for ``memory_budget``."""
+        return self._memory.bytes
+
+    def counters(self) -> dict[str, int]:
+        """Return tenants, those of them ``resident``, and how often one was spilled, restored, or not to be written."""
+        memory = self._memory
+        return {"tenants": len(memory.tenants), "resident": len(memory.resident), **memory.counts}
+
+    # ------------------------------------------------------------------ parts
+
+    @contextlib.contextmanager
+    def _acquired(self, tenant: str) -> Iterator[tuple[Tenant, LoraTrainer, Adapters]]:
+        entry = self._memory.acquire(tenant)
+        try:
+            yield entry, entry.trainer, entry.adapters  # type: ignore[misc]
+        finally:
+            self._memory.release((entry,))
+
+    def _layout(self, tenant: str) -> Any:
+        self._memory.require_open()
+        layout = self._memory.find(tenant).layout
+        if layout is None:
+            with self._acquired(tenant) as (entry, _, _):
+                layout = entry.layout
+        return layout
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an AdapterStore is not copied or pickled: its folder is open once")
+
+
+def _config_of(default: LoraTrainingConfig, config_for: ConfigFor | None, tenant: str) -> LoraTrainingConfig:
+    return default if config_for is None else _bounded(config_for(tenant))
+
+
+def _bounded(config: Any) -> LoraTrainingConfig:
+    if not isinstance(config, LoraTrainingConfig):
+        raise ConfigError(f"config must be a LoraTrainingConfig, got {type(config).__name__}")
+    return replace(config, history_limit=HISTORY_LIMIT) if config.history_limit is None else config
+
+
+def _is_job(job: Any, place: int, results: Outcomes) -> bool:
+    """Return whether a job has the right form; if not, its result says so."""
+    if not isinstance(job, tuple) or not 3 <= len(job) <= 4:
+        got = f"a tuple of {len(job)}" if isinstance(job, tuple) else type(job).__name__
+    elif not isinstance(job[0], str):
+        got = f"a tenant of type {type(job[0]).__name__}"
+    else:
+        return True
+    rule = "a job must be (tenant, loss, grad_a, grad_b) or (tenant, loss, gradients)"
+    results[place] = InputError(f"{rule}, got {got}")
+    return False
