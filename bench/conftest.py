@@ -22,7 +22,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "peer" not in metafunc.fixturenames:
         return
     subject = metafunc.function.__name__.removeprefix("bench_")
-    cases = (SOME,) if subject == "many" else [case for case in CASES if case.parameters <= LARGEST]
+    cases = (SOME,) if subject in ("many", "tenants") else [case for case in CASES if case.parameters <= LARGEST]
     peers = [peer for peer in PEERS if peer.subject == subject and not peer.is_foreign]
     metafunc.parametrize("case", cases, ids=lambda case: case.name)
     metafunc.parametrize("peer", peers, ids=lambda peer: peer.name)

@@ -1,5 +1,6 @@
 """cylora as its users call it, in each subject and with each kind of state."""
 
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from cases import Case, initial_parameters, split
 import cylora
 from cylora._cli_numpy import BETA1, BETA2, EPS, LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY
 from cylora.flat import FlatBuffer
+from cylora.serving import AdapterStore
 
 
 def _gradients(case: Case) -> tuple[list[np.ndarray], Callable[[np.ndarray], None], Callable[[], np.ndarray]]:
@@ -137,6 +139,52 @@ def step_many(case: Case, threads: int) -> Built:
                 raise result
 
     return Built(call, (), load, read)
+
+
+def store(case: Case, threads: int, **settings: Any) -> Built:
+    """Let a store have all tenants in memory. Gradients are two arrays each, or bfloat16 bits in one vector."""
+    config = _config(case.adapters[0][2], threads=1, history_limit=100, log_every=0, **settings)
+    lone, is_compact = Case("one", case.adapters[:1]), "state_dtype" in settings
+    folder = tempfile.TemporaryDirectory()
+    tenants = AdapterStore(
+        lambda _: _adapters(lone, config), config, folder=folder.name, memory_budget=2**40, threads=threads
+    )
+    jobs: list[tuple[Any, ...]] = []
+    for index in range(len(case.adapters)):
+        tenants.create(f"user{index}@example.com")
+        arrays = [gradient_array(shape) for shape in lone.matrix_shapes]
+        grads = [np.empty(lone.parameters, np.uint16)] if is_compact else arrays
+        jobs.append((f"user{index}@example.com", 0.5, *grads))
+
+    def load(values: np.ndarray) -> None:
+        for (_, _, *grads), row in zip(jobs, values.reshape(len(jobs), -1), strict=True):
+            if is_compact:
+                grads[0][:] = row.view(np.uint32) >> 16  # exact: the oracle's gradients are rounded already
+            else:
+                grads[0].ravel()[:], grads[1].ravel()[:] = row[: grads[0].size], row[grads[0].size :]
+
+    def call() -> None:
+        for result in tenants.step_many(jobs):
+            if isinstance(result, Exception):
+                raise result
+
+    def read() -> np.ndarray:
+        vectors = []
+        for name, *_ in jobs:
+            with tenants.use(name) as (_, adapters):
+                vectors.append(adapters.flat.vector.copy())
+        assert folder.name  # it lives as long as the store
+        return joined(vectors)
+
+    return Built(call, (), load, read, settings.get("state_dtype", "float32"), "bfloat16" if is_compact else "float32")
+
+
+def store_bf16(case: Case, threads: int) -> Built:
+    return store(case, threads, state_dtype="bfloat16")
+
+
+def store_8bit(case: Case, threads: int) -> Built:
+    return store(case, threads, state_dtype="8bit")
 
 
 def many_steps(case: Case, threads: int) -> Built:

@@ -59,7 +59,7 @@ def plans(options: argparse.Namespace) -> Iterator[Plan]:
     """Yield what to measure, from the command line."""
     names = tuple({CYLORA, *options.peers})
     for subject in options.subjects:
-        if subject == "many":
+        if subject in ("many", "tenants"):
             known = (SOME, MANY) if options.cases else (SOME,) if options.quick else (MANY,)
         else:
             known = CASES

@@ -1,8 +1,9 @@
-"""What is measured: five subjects, and for each how a peer's work is checked and which call is timed.
+"""What is measured: six subjects, and for each how a peer's work is checked and which call is timed.
 
 - ``trainer``: clip and update. cylora's side is the whole public ``LoraTrainer.step``, with its checks, its record and
   its history, on gradients as NumPy allocates them; the others' is the update alone;
 - ``many``: the same for thousands of adapters, each with a trainer and a clip of its own;
+- ``tenants``: the same through an `AdapterStore` (tenants.py);
 - ``norm``: the global L2 norm. cylora adds in float64, as ``NumPy float64`` does and the other peers do not;
 - ``clip``: scale the gradients in place to a given norm;
 - ``adam``: decoupled weight decay and Adam on one vector, no clipping.
@@ -116,7 +117,7 @@ def _check_optimizer_after(clips: bool) -> Callable[[Case, Built, int], float]:
 def _check_many(case: Case, built: Built) -> Errors:
     """Neighbours get different gradients in a different order, so that a mixed-up adapter shows."""
     count, kinds = len(case.adapters), len(CHECK_NORMS)
-    gradients = [gradient(ONE, i) for i in range(kinds)]
+    gradients = [gradient(ONE, i, built.dtype) for i in range(kinds)]
     for step in range(kinds):
         built.load(np.concatenate([gradients[(i + step) % kinds] for i in range(count)]))
         built.call(*built.args)
@@ -130,19 +131,20 @@ def _check_many(case: Case, built: Built) -> Errors:
 
 
 def _time_many(case: Case, built: Built) -> Timed:
-    built.load(np.tile(gradient(ONE), len(case.adapters)))
+    built.load(np.tile(gradient(ONE, 0, built.dtype), len(case.adapters)))
     return built.call, built.args
 
 
 def _check_many_after(case: Case, built: Built, calls: int) -> float:
     rows = built.read().reshape(len(case.adapters), ONE.parameters)
-    how = ("float32", "float32")
+    how = (built.state, built.dtype)
     return max(check_drift(row, ONE, calls, clips=True, built_from=how) for row in rows[:: max(1, len(rows) // 100)])
 
 
 SUBJECTS = {
     "trainer": Subject(_check_optimizer(clips=True), _time_as_is, _check_optimizer_after(clips=True)),
     "many": Subject(_check_many, _time_many, _check_many_after),
+    "tenants": Subject(_check_many, _time_many, _check_many_after),
     "norm": Subject(_check_norm, _time_as_is, lambda case, built, calls: _check_norm(case, built).norm),
     "clip": Subject(_check_clip, _time_clip, _check_clip_after),
     "adam": Subject(_check_optimizer(clips=False), _time_as_is, _check_optimizer_after(clips=False)),

@@ -29,7 +29,7 @@ SECTIONS = (
         "Errors",
         "cylora",
         "CyloraError ConfigError InputError NonFiniteGradientError DivergenceError StateError TrainerBusyError "
-        "PublishError DeadlineError DroppedError FormatError TaskError",
+        "PublishError StoreError DeadlineError DroppedError FormatError TaskError",
     ),
     ("Adapter files", "cylora.formats", "save_peft load_peft peft_files save_gguf gguf_bytes"),
     (
@@ -38,7 +38,7 @@ SECTIONS = (
         "save_checkpoint load_checkpoint Checkpoint save_generation load_generation list_generations",
     ),
     ("Publishing", "cylora.formats", "publish_directory published replace_file"),
-    ("Serving", "cylora.serving", "AdapterPublisher AdapterSnapshot vllm_hook"),
+    ("Serving", "cylora.serving", "AdapterPublisher AdapterSnapshot AdapterStore vllm_hook"),
     ("Training inside a server", "cylora.serving", "OnlineTrainer Ticket StepTarget ServingMetrics"),
     ("Looking at files", "cylora.formats", "inspect verify"),
     ("What they return", "cylora.formats.inspection", "Inspected Verdict"),
