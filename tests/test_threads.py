@@ -499,6 +499,7 @@ INTERRUPTED_WIDE = """
         adapters, trainer = AdapterSet({"wide": (width, width)}, LoraConfig(rank=16), seed=0), make_trainer()
         gradients = Gradients(adapters)
         gradients.vector[...] = np.random.default_rng(0).standard_normal(gradients.vector.size, np.float32)
+        trainer.step(1.0, adapters, gradients)  # the first one meets its memory
         begun = time.monotonic()
         trainer.step(1.0, adapters, gradients)
         return trainer, adapters, gradients, time.monotonic() - begun
@@ -524,7 +525,7 @@ INTERRUPTED_WIDE = """
         assert not trainer._adam.busy and not trainer._calling_back
         assert trainer.total_steps() == len(trainer.training_history) == trainer._adam.t
     other, twins, _, _ = start()
-    for _ in range(trainer.total_steps() - 1):
+    for _ in range(trainer.total_steps() - 2):
         other.step(1.0, twins, gradients)
     assert fingerprint(trainer.state_dict(), adapters) == fingerprint(other.state_dict(), twins)
     seconds.sort()
