@@ -187,7 +187,7 @@ def test_wheel_needs_numpy_and_safetensors_only(wheel_metadata):
     requirements = wheel_metadata.get_all("Requires-Dist")
     always = [re.match(r"[\w-]+", line)[0] for line in requirements if "extra ==" not in line]
     assert sorted(always) == ["numpy", "safetensors"]
-    extras = "bench bench-peers gguf interop lint nightly plot tensorboard test torch train"
+    extras = "bench bench-peers examples gguf interop lint nightly plot tensorboard test torch train"
     assert sorted(wheel_metadata.get_all("Provides-Extra")) == extras.split()
 
 
