@@ -6,8 +6,8 @@ Invariants:
 (b) a helper touches the pool's static memory alone, and the caller's only through a piece it has claimed. So processes
     exit, and interpreters end, around helpers in any state;
 (c) pieces are ranges of items that follow from ``items`` and ``grain``, never from the number of threads;
-(d) nothing happens at import. Whoever wants the first team first registers what resets the pool in a forked child, where
-    no helper is left; a team that needs a helper starts it.
+(d) import starts nothing. It registers what resets the pool in a forked child, where no helper is left: under the GIL, so
+    outside any fork of Python's, for a fork that has begun runs no handler that is registered later.
 
 A job (one call of ``share``) has a ticket, and each helper a slot into which the caller writes the ticket it shall work
 on. The helper joins by counting itself in (``active``), then looks whether the job is still open under that ticket; the
@@ -189,7 +189,6 @@ cdef struct Pool:
 cdef Pool pool
 cdef int64_t rule = MEASURED     # atomic, as the next
 cdef int64_t spin_ns = 50_000    # how long a helper looks for the next job before it sleeps
-cdef int64_t forks_handled = 0   # atomic
 
 
 cdef int64_t now() noexcept nogil:
@@ -287,14 +286,8 @@ cdef void forget_helpers() noexcept nogil:
     memset(&pool, 0, sizeof(Pool))
 
 
-cdef bint handle_forks() noexcept nogil:
-    """Have forked children forget the pool. Two threads may do so at once: then they forget it twice."""
-    if load(&forks_handled):
-        return True
-    if pthread_atfork(NULL, NULL, forget_helpers) != 0:
-        return False
-    store(&forks_handled, 1)
-    return True
+if pthread_atfork(NULL, NULL, forget_helpers) != 0:
+    raise MemoryError()
 
 
 cdef void start_helpers(int wanted) noexcept nogil:
@@ -347,8 +340,7 @@ cdef bint open_team(int threads, double work_us) noexcept nogil:
     cdef int64_t now_rule = load(&rule)
     if helpers < 1 or now_rule == NEVER or (now_rule == MEASURED and not work_us >= AWAKE_US):
         return False
-    # Before the pool is taken: the child of a fork between the two would find it taken for ever.
-    if not handle_forks() or load(&pool.taken) or swap(&pool.taken, 1):
+    if load(&pool.taken) or swap(&pool.taken, 1):
         return False
     if now_rule == MEASURED:
         if pool.processors == 0:
