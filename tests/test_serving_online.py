@@ -584,6 +584,27 @@ def test_merge_spoils_no_gradient_with_one_that_is_not_finite(make: Make, culpri
     assert np.array_equal(target.jobs[1][3], pairs[0][1], equal_nan=True)
 
 
+def test_merge_overtakes_nobody_of_the_same_tenant_who_waits_for_room(make: Make) -> None:
+    """Nor one that could not be merged itself."""
+    target = Tenants("a", "plug")
+    online = make(target, queue_size=1, policy="merge")
+    spoilt = make_pair(1)[0] * np.float32(math.nan), make_pair(1)[1]
+
+    async def train() -> None:
+        with target.busy(online):
+            online.submit("a", 1.0, *make_pair(0))
+            second = asyncio.create_task(online.asubmit("a", 2.0, *spoilt))
+            await turns(lambda: online.counters()["blocked"] == 1)
+            with pytest.raises(DeadlineError):
+                online.submit("a", 3.0, *make_pair(2), timeout=0)
+        with pytest.raises(NonFiniteGradientError):
+            await (await second)
+
+    asyncio.run(train())
+    assert [job[1] for job in target.jobs] == [0.0, 1.0, 2.0]
+    assert adds_up(online)
+
+
 def test_merge_adds_nothing_of_another_form(make: Make) -> None:
     """A pair, and the same adapter's gradients as one vector."""
     target = Tenants("a", "plug")
@@ -888,6 +909,57 @@ def test_ticket_that_its_holder_fulfils_stops_nothing(make: Make) -> None:
     assert isinstance(ticket.exception(0), OSError)
 
 
+def test_ticket_that_its_holder_fulfils_before_its_turn_is_as_good_as_cancelled(make: Make) -> None:
+    target = Tenants("a", "b", "plug")
+    online = make(target)
+    with target.busy(online):
+        ticket, other = (online.submit(name, 0.5, *make_pair()) for name in "ab")
+        ticket.set_exception(OSError("mine"))
+    assert other.result(TIMEOUT).loss == 0.5
+    online.flush(TIMEOUT)
+    assert isinstance(ticket.exception(0), OSError)
+    assert target.trainers["a"].total_steps() == 0
+    assert online.counters()["cancelled"] == 1
+    assert adds_up(online)
+
+
+@pytest.mark.parametrize("error", [SystemExit("out"), KeyboardInterrupt()], ids=["SystemExit", "KeyboardInterrupt"])
+def test_callback_of_a_ticket_that_raises_stops_nothing(
+    make: Make, caplog: pytest.LogCaptureFixture, error: BaseException
+) -> None:
+    """A future itself stops an Exception, and nothing more than that."""
+
+    def callback(ticket: Any) -> None:
+        raise error
+
+    target, seen = Tenants("a", "b", "plug"), []
+    online = make(target, on_result=lambda tenant, _: seen.append(tenant))
+    with caplog.at_level(logging.ERROR, "cylora"), target.busy(online):
+        first, other = (online.submit(name, 0.5, *make_pair()) for name in "ab")
+        first.add_done_callback(callback)
+        target.gate.set()
+        assert other.result(TIMEOUT).loss == 0.5
+        online.flush(TIMEOUT)
+    assert first.result(TIMEOUT).loss == 0.5
+    assert seen == ["plug", "a", "b"]
+    assert online.counters()["callback_errors"] == 1
+    logged = [record.message for record in caplog.records if record.name == "cylora"]
+    assert logged == [f"a ticket's callback raised {type(error).__name__} for tenant 'a'"]
+
+
+def test_ticket_is_fulfilled_whatever_metrics_do(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("metrics")
+
+    metrics = ServingMetrics()
+    monkeypatch.setattr(ServingMetrics, "step", broken)
+    online = make(Tenants("a"), metrics=metrics)
+    for _ in range(2):
+        assert online.submit("a", 0.5, *make_pair()).result(TIMEOUT).loss == 0.5
+    online.flush(TIMEOUT)
+    assert online.counters()["callback_errors"] == 2
+
+
 # ---------------------------------------------------------------- errors
 
 
@@ -944,6 +1016,7 @@ class Wrong(Tenants):
         (MemoryError("no memory"), MemoryError, "no memory"),
         (SystemExit("out"), SystemExit, "out"),
         (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop"),
+        (StopIteration("end"), StateError, "the step of this job raised StopIteration"),
         (lambda results: results[:1], StateError, "target.step_many must return 2 results, got 1"),
         (lambda results: [*results, None], StateError, "target.step_many must return 2 results, got 3"),
         (
@@ -1020,6 +1093,18 @@ def test_queue_depth_is_what_waits(make: Make) -> None:
             online.submit("a", 0.5, *make_pair())
     online.flush(TIMEOUT)
     assert metrics.values()["queue_depth"] == 0
+
+
+def test_queue_depth_is_zero_after_a_close_that_dropped_what_waited() -> None:
+    target, metrics = Tenants("a", "plug"), ServingMetrics()
+    online = OnlineTrainer(target, metrics=metrics)
+    with target.busy(online):
+        for _ in range(3):
+            online.submit("a", 0.5, *make_pair())
+        online.close(0)
+        assert metrics.values()["queue_depth"] == 0
+    online.close(TIMEOUT)
+    assert (online.counters()["dropped"], metrics.values()["queue_depth"]) == (3, 0)
 
 
 def test_callback_may_submit_but_never_waits(make: Make) -> None:
@@ -1282,6 +1367,30 @@ def test_task_cancelled_when_its_job_had_just_been_taken_withdraws_it(make: Make
     assert target.calls == [["plug"]]
 
 
+def test_cancelled_task_takes_no_job_away_that_another_was_merged_into(make: Make) -> None:
+    """Room came, another submission was added, and then the task was cancelled before its loop told it."""
+    target = Tenants("a", "b", "plug")
+    online = make(target, queue_size=1, batch_size=1, policy="merge")
+
+    async def train() -> Ticket:
+        with target.busy(online):
+            online.submit("b", 0.5, *make_pair())
+            task = asyncio.create_task(online.asubmit("a", 1.0, *make_pair(0)))
+            await turns(lambda: online.counters()["blocked"] == 1)
+            with online._lock:
+                online._queue.withdraw(next(iter(online._queue._waiting)))  # b's; now a's is there
+            ticket = online.submit("a", 3.0, *make_pair(1), timeout=0)
+            assert online.counters()["merged"] == 1
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        return ticket
+
+    assert asyncio.run(train()).result(TIMEOUT).loss == 2.0
+    online.flush(TIMEOUT)
+    assert target.calls == [["plug"], ["a"]]
+
+
 def test_one_who_was_cancelled_a_moment_ago_is_passed_over(make: Make) -> None:
     """Its future is cancelled, but it has not left the line yet."""
     target = Tenants("a", "b", "plug")
@@ -1313,6 +1422,7 @@ def test_cancelled_future_cancels_the_job(make: Make) -> None:
                 one.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await one
+            await asyncio.sleep(0)  # asyncio tells the ticket in a callback of its own
 
     asyncio.run(train())
     online.flush(TIMEOUT)

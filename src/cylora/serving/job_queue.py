@@ -73,6 +73,8 @@ class JobQueue:
     def partner_of(self, job: Job) -> Job | None:
         """Return its tenant's newest waiting job if this one can be added; that has no turn until `give_back`."""
         line = self._lines.get(job.tenant)
+        if any(blocked.tenant == job.tenant for blocked in self._blocked):
+            return None  # that one was submitted before
         while line is not None and line.jobs and line.jobs[-1].takes(job):
             partner = line.jobs[-1]
             if self._is_wanted(partner):

@@ -77,7 +77,10 @@ class Job:
     def begin(self) -> bool:
         """Return whether the job is still wanted; from then on its ticket cannot be cancelled."""
         if self.has_begun is None:
-            self.has_begun = self.ticket.set_running_or_notify_cancel()
+            try:
+                self.has_begun = self.ticket.set_running_or_notify_cancel()
+            except RuntimeError:  # whoever holds it has given it a result: as if cancelled
+                self.has_begun = False
         return self.has_begun
 
     def takes(self, other: "Job") -> bool:
@@ -98,6 +101,8 @@ class Job:
 
     def fulfil(self, result: TrainingStep | BaseException) -> None:
         """Give the ticket its record or error, unless whoever holds it has given it one."""
+        if isinstance(result, StopIteration):  # a future of asyncio takes none
+            result = StateError("the step of this job raised StopIteration")
         with contextlib.suppress(InvalidStateError):
             if isinstance(result, BaseException):
                 self.ticket.set_exception(result)

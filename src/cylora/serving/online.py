@@ -190,42 +190,39 @@ class OnlineTrainer:
         """Return the job's ticket, and where the job has to wait for room, the future to wait for."""
         dropped: list[Job] = []
         partner = admitted = None
-        with self._lock:
-            if self._is_closed:
-                raise _closed()
-            self._start_workers()
-            if self._queue.offer(job):
-                pass
-            elif self.policy == "drop_oldest":
-                dropped = self._queue.displace(job)
-                self._counts["dropped"] += len(dropped)
-                self._work_done.notify_all()
-            elif self.policy == "merge" and (partner := self._queue.partner_of(job)) is not None:
-                self._counts["merged"] += 1
-            elif not self._queue.offer(job):  # again: a partner that was cancelled has made room
-                admitted = self._queue.wait_for_room(job)
-                self._counts["blocked"] += 1
-            self._work_came.notify()
-            depth = len(self._queue)
-        for victim in dropped:
-            self._drop(victim, "drop_oldest", "for a newer one, since the queue was full")
-        if self._metrics is not None:
-            self._metrics.queue_depth(depth)
+        try:
+            with self._lock:
+                if self._is_closed:
+                    raise _closed()
+                self._start_workers()
+                if self._queue.offer(job):
+                    pass
+                elif self.policy == "drop_oldest":
+                    dropped = self._queue.displace(job)
+                    self._counts["dropped"] += len(dropped)
+                    self._work_done.notify_all()
+                elif self.policy == "merge" and (partner := self._queue.partner_of(job)) is not None:
+                    self._counts["merged"] += 1
+                elif not self._queue.offer(job):  # again: a partner that was cancelled has made room
+                    admitted = self._queue.wait_for_room(job)
+                    self._counts["blocked"] += 1
+                self._work_came.notify()
+                self._note_depth()
+            for victim in dropped:
+                self._drop(victim, "drop_oldest", "for a newer one, since the queue was full")
+            if partner is not None:
+                partner.add(job)
+        finally:
+            if partner is not None:  # else its tenant would never have a turn again
+                with self._lock:
+                    self._queue.give_back(partner)
+                    self._work_came.notify()
+                    self._work_done.notify_all()
         if partner is None:
             return job.ticket, admitted
-        self._merge(job, partner)
-        return partner.ticket, None
-
-    def _merge(self, job: Job, partner: Job) -> None:
-        try:
-            partner.add(job)
-        finally:
-            with self._lock:
-                self._queue.give_back(partner)
-                self._work_came.notify()
-                self._work_done.notify_all()
         if self._metrics is not None:
             self._metrics.dropped(job.tenant, "merge")
+        return partner.ticket, None
 
     def _wait_for_room(self, job: Job, admitted: Future[None], timeout: float | None) -> None:
         if threading.current_thread() in self._threads:
@@ -250,8 +247,9 @@ class OnlineTrainer:
 
     def _withdraw(self, job: Job) -> None:
         with self._lock:
-            if self._queue.withdraw(job) and job.number:
+            if job.has_begun is None and self._queue.withdraw(job) and job.number:  # else others share its ticket
                 self._queue.cancelled += 1
+            self._note_depth()
             self._work_came.notify()
             self._work_done.notify_all()
 
@@ -292,17 +290,19 @@ class OnlineTrainer:
             while threading.current_thread() in self._threads:  # else a callback has forked, and this is the child
                 batch = self._queue.take(self.batch_size, self.workers)
                 if batch:
-                    depth = len(self._queue)
-                    break
+                    self._note_depth()
+                    return batch
                 self._work_done.notify_all()  # jobs that were cancelled may have been the last
                 if self._is_stopping:
                     return []
+                self._note_depth()
                 self._work_came.wait()
-            else:
-                return []
+        return []
+
+    def _note_depth(self) -> None:
+        """Under the lock: depths told outside it could come in another order than they were true."""
         if self._metrics is not None:
-            self._metrics.queue_depth(depth)
-        return batch
+            self._metrics.queue_depth(len(self._queue))
 
     # ------------------------------------------------------------------ waiting and ending
 
@@ -353,6 +353,7 @@ class OnlineTrainer:
             self._is_closed = self._is_stopping = True
             self._queue.refuse_blocked(_closed())
             left, threads = self._queue.clear(), list(self._threads)
+            self._note_depth()
             self._counts["dropped"] += len(left)
             self._work_came.notify_all()
             self._work_done.notify_all()

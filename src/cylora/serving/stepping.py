@@ -56,16 +56,18 @@ class Stepper:
         counts = {"done": 0, "failed": 0, "callback_errors": 0}
         for job, result in zip(batch, results, strict=True):
             counts["failed" if isinstance(result, BaseException) else "done"] += 1
-            self._count(job.tenant, result, seconds)
-            job.fulfil(result)
-            if self._on_result is None:
-                continue
             try:
-                self._on_result(job.tenant, result)
+                try:
+                    self._count(job.tenant, result, seconds)
+                finally:
+                    job.fulfil(result)
             except BaseException as error:  # SystemExit too: the worker stays
-                name = type(error).__name__
-                logger.error("on_result raised %s for tenant %r", name, job.tenant, exc_info=True)
-                counts["callback_errors"] += 1
+                counts["callback_errors"] += _logged("a ticket's callback", job.tenant, error)
+            if self._on_result is not None:
+                try:
+                    self._on_result(job.tenant, result)
+                except BaseException as error:
+                    counts["callback_errors"] += _logged("on_result", job.tenant, error)
         return counts
 
     def _results(self, batch: list[Job]) -> Sequence[TrainingStep | BaseException]:
@@ -88,3 +90,9 @@ class Stepper:
             self._metrics.error(tenant, result)
         else:
             self._metrics.step(tenant, result, seconds)
+
+
+def _logged(what: str, tenant: str, error: BaseException) -> int:
+    """Log what a callback raised, and return how many errors that is."""
+    logger.error("%s raised %s for tenant %r", what, type(error).__name__, tenant, exc_info=error)
+    return 1
