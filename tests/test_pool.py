@@ -454,7 +454,7 @@ def test_forked_child_of_a_process_in_the_middle_of_a_team_has_a_free_pool(folde
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="holds up the pthread_atfork of glibc")
 def test_forked_child_of_a_process_that_is_opening_its_first_team_has_a_free_pool(folder) -> None:
-    """What frees the pool in children is registered by then: a fork that has begun runs nothing that is registered later."""
+    """What frees the pool in children is registered by then: a fork that has begun runs nothing registered later."""
     program = """
         import ctypes
         hold, entered = (ctypes.c_int.in_dll(ctypes.CDLL(None), name) for name in ("hold", "entered"))

@@ -113,7 +113,7 @@ def test_learning_through_the_server_gives_the_bits_of_learning_without_it(clien
     assert described(client, "twin")["content_hash"] == twin.content_hash()
     for batch in batches(20):
         answer = client.feedback("twin", digits[0][batch], digits[1][batch])
-        assert answer.pop("version") == described(client, "twin")["version"]
+        assert answer.pop("version") <= described(client, "twin")["version"]  # one more may be published meanwhile
         assert answer == twin.learn(digits[0][batch], digits[1][batch]).to_dict()
     assert described(client, "twin")["content_hash"] == twin.content_hash()
     assert client.predict("twin", digits[0][:16]) == twin.predict(digits[0][:16])
@@ -238,7 +238,9 @@ def test_creating_twice_changes_nothing(client, digits):
     client.feedback("again", digits[0][:16], digits[1][:16])
     before = described(client, "again")
     assert client.request("PUT", "/v1/tenants/again")[::2] == (200, {"tenant": "again", "created": False})
-    assert described(client, "again") == before
+    after = described(client, "again")
+    assert before.pop("version") <= after.pop("version")  # what was learned may be published once more
+    assert after == before
 
 
 def test_method_that_a_route_has_not_is_refused(client):
@@ -322,7 +324,7 @@ def test_metrics_are_what_prometheus_reads(client, digits):
     (steps,) = (one for one in found["cylora_steps"].samples if one.labels == {"tenant": "counted"})
     assert steps.value == 3
     (version,) = (one for one in found["cylora_published_version"].samples if one.labels == {"tenant": "counted"})
-    assert version.value == described(client, "counted")["version"]
+    assert 2 <= version.value <= described(client, "counted")["version"]
     assert client.request("GET", "/healthz")[2]["status"] == "ok"
 
 
@@ -372,6 +374,82 @@ def test_sigterm_in_the_middle_of_learning_loses_nothing_that_was_acknowledged(e
         assert record["step"] == kept["waits"]["step"]
         twin.learn(digits[0][batch], digits[1][batch])
         assert described(client, "waits")["content_hash"] == twin.content_hash()
+
+
+def test_client_that_stalls_keeps_no_server_from_stopping_and_saving(example, tmp_path, digits):
+    with started(tmp_path) as server, example["client"].Client(server.url) as client:
+        client.create("kept")
+        batch = batches(1)[0]
+        client.feedback("kept", digits[0][batch], digits[1][batch])
+        before = described(client, "kept")
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as stalled:
+            stalled.sendall(b"POST /v1/tenants/kept/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            described(client, "kept")  # answered after the other has arrived
+            assert server.stop() == -signal.SIGTERM
+        assert "Application shutdown complete" in server.text
+    with started(tmp_path) as server, example["client"].Client(server.url) as client:
+        assert described(client, "kept")["content_hash"] == before["content_hash"]
+
+
+def test_names_that_are_no_text_are_refused(client):
+    for name in ("%ff", "%fe", "%ed%a0%80"):
+        for method, path in [("PUT", ""), ("GET", ""), ("POST", "/feedback")]:
+            status, _, answer = client.request(method, f"/v1/tenants/{name}{path}")
+            assert (status, answer) == (400, {"error": "the tenant must be UTF-8, percent-encoded, got other bytes"})
+
+
+def test_wait_is_yes_or_no(client, digits):
+    client.create("waiter")
+    batch = body(digits[0][:1], digits[1][:1])
+    status, _, answer = client.request("POST", "/v1/tenants/waiter/feedback?wait=true", batch)
+    assert (status, answer) == (400, {"error": "wait must be 0 or 1, got 'true'"})
+    assert client.request("POST", "/v1/tenants/waiter/feedback?wait=0", batch)[0] == 202
+    assert client.request("POST", "/v1/tenants/waiter/feedback?wait=1", batch)[0] == 200
+
+
+def test_damaged_file_is_the_logs_affair(example, tmp_path):
+    with started(tmp_path) as server, example["client"].Client(server.url) as client:
+        client.create("hurt")
+        assert server.stop() == -signal.SIGTERM
+    (saved,) = (tmp_path / "tenants").glob("*.safetensors")
+    saved.write_bytes(saved.read_bytes()[:-1])
+    with started(tmp_path) as server, example["client"].Client(server.url) as client:
+        status, _, answer = client.request("GET", "/v1/tenants/hurt")
+        assert (status, answer) == (500, {"error": "the server could not do this; its log says why"})
+        assert server.said("FormatError")
+        assert saved.name in server.text
+        client.create("well")
+        assert described(client, "well")["version"] == 1
+
+
+def test_learner_whose_priority_may_not_change_learns(example, tmp_path, digits, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    learner = example["learner"].Learner(tmp_path / "tenants", 2**26, 4)
+    try:
+        learner.create("a")
+        learner.give_way()
+        assert learner.submit("a", digits[0][:2], digits[1][:2].tolist()).result(DEADLINE).step == 0
+    finally:
+        learner.close()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--port", "70000"), "argument --port: must be from 0 to 65535, got 70000"),
+        (("--save-seconds", "0"), "argument --save-seconds: must be above 0, got 0.0"),
+        (("--save-seconds", "nan"), "argument --save-seconds: must be above 0, got nan"),
+    ],
+)
+def test_option_that_breaks_its_rule_is_refused(example, tmp_path, capsys, option, message):
+    with pytest.raises(SystemExit):
+        example["app"].main([*option, "--folder", str(tmp_path / "none")])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_was_saved_outlives_a_kill(example, tmp_path, digits):

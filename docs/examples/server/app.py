@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote_to_bytes
 
 import uvicorn
 from bodies import MAX_BYTES, BodyError, batch_of
@@ -36,6 +37,7 @@ __all__ = ["Service", "application", "be_prompt", "main"]
 
 logger = logging.getLogger("uvicorn.error")  # the server's own
 _Result = TypeVar("_Result")
+STOP_SECONDS = 10  # that a client may take for the rest of its request once the server is told to stop
 RETRY_SECONDS = 1  # a queue of a thousand steps is empty much sooner
 SWITCH_SECONDS = 1e-3  # shorter costs more: the event loop, too, has to give the GIL away so often (bench/serving.py)
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -63,7 +65,7 @@ class Service:
 
     async def create(self, request: Request) -> Response:
         """Make a tenant; it is no error if it is there."""
-        tenant = request.path_params["tenant"]
+        tenant = tenant_of(request)
         is_new = await self._beside(self._files, self.learner.create, tenant)
         return JSONResponse({"tenant": tenant, "created": is_new}, 201 if is_new else 200)
 
@@ -81,7 +83,10 @@ class Service:
 
     async def feedback(self, request: Request) -> Response:
         """Take what was really in some images. With ``?wait=1`` answer when it is learned, else when it is queued."""
-        tenant = request.path_params["tenant"]
+        tenant = tenant_of(request)
+        waits = request.query_params.get("wait", "0")
+        if waits not in ("0", "1"):
+            raise HTTPException(400, f"wait must be 0 or 1, got {waits!r}")
         await self._served(request)
         images, labels = batch_of(await body_of(request), with_labels=True)
         if self._computing >= self.learner.queue_size:
@@ -93,7 +98,7 @@ class Service:
             raise busy() from None
         finally:
             self._computing -= 1
-        if request.query_params.get("wait") != "1":
+        if waits == "0":
             return JSONResponse({"queued": len(labels)}, 202)
         record = await asyncio.wrap_future(ticket)
         snapshot = await self._beside(self._files, self.learner.published, tenant, record.step)
@@ -111,7 +116,7 @@ class Service:
 
     async def _served(self, request: Request) -> AdapterSnapshot:
         """Return what to serve the request's tenant from, without waiting for any step."""
-        tenant = request.path_params["tenant"]
+        tenant = tenant_of(request)
         if tenant not in self.learner.store:
             raise HTTPException(404, f"tenant must be one that was created, by PUT /v1/tenants/NAME, got {tenant!r}")
         snapshot = self.learner.store.latest(tenant)
@@ -136,6 +141,15 @@ class Service:
         self.learner.close()
 
 
+def tenant_of(request: Request) -> str:
+    """Return the tenant that the path names; what is no UTF-8 would else become the same characters for many."""
+    try:
+        unquote_to_bytes(request.scope["raw_path"]).decode()
+    except UnicodeDecodeError:
+        raise HTTPException(400, "the tenant must be UTF-8, percent-encoded, got other bytes") from None
+    return str(request.path_params["tenant"])
+
+
 async def body_of(request: Request) -> bytes:
     """Return the request's body; as soon as it is too long, refuse it."""
     body = bytearray()
@@ -158,7 +172,10 @@ def refused(request: Request, error: Exception) -> Response:
         return Response(status_code=400)  # which nobody will read
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-    return JSONResponse({"error": str(error)}, 400 if isinstance(error, (BodyError, InputError)) else 500)
+    if isinstance(error, (BodyError, InputError)):
+        return JSONResponse({"error": str(error)}, 400)
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)  # a damaged file, a full disk
+    return JSONResponse({"error": "the server could not do this; its log says why"}, 500)
 
 
 def application(learner: Learner, save_seconds: float) -> Starlette:
@@ -172,7 +189,7 @@ def application(learner: Learner, save_seconds: float) -> Starlette:
             yield
             saving.cancel()
 
-    handlers = dict.fromkeys((HTTPException, ClientDisconnect, BodyError, CyloraError), refused)
+    handlers = dict.fromkeys((HTTPException, ClientDisconnect, BodyError, CyloraError, OSError), refused)
     return Starlette(routes=service.routes(), exception_handlers=handlers, lifespan=lifespan)
 
 
@@ -200,6 +217,10 @@ def main(argv: list[str] | None = None) -> None:
         "--learner-cpus", type=int, nargs="+", metavar="N", help="learn on these CPUs and serve on the others"
     )
     options = parser.parse_args(argv)
+    if not 0 <= options.port <= 65535:
+        parser.error(f"argument --port: must be from 0 to 65535, got {options.port}")
+    if not 0 < options.save_seconds < float("inf"):
+        parser.error(f"argument --save-seconds: must be above 0, got {options.save_seconds}")
     try:
         learner = Learner(options.folder, options.memory_mib * 2**20, options.queue_size, cpus=options.learner_cpus)
     except (CyloraError, OSError) as error:
@@ -208,7 +229,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.learner_cpus and (others := os.sched_getaffinity(0) - {*options.learner_cpus}):
         os.sched_setaffinity(0, others)
     app = application(learner, options.save_seconds)
-    uvicorn.run(app, host=options.host, port=options.port, access_log=False, ws="none")
+    where = {"host": options.host, "port": options.port}
+    uvicorn.run(app, **where, access_log=False, ws="none", timeout_graceful_shutdown=STOP_SECONDS)
 
 
 if __name__ == "__main__":
