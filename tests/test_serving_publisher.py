@@ -651,3 +651,16 @@ def test_a_forked_child_serves_and_publishes_though_another_thread_held_the_turn
         publishing.join(60)
     assert publisher.latest.version == 2  # the child's are its own
     assert publisher.publish().version == 3
+
+
+def test_publisher_within_hold_of_its_trainer_is_refused() -> None:
+    """Another thread that publishes has the publisher's turn and waits for the trainer: both would wait for ever."""
+    adapters, trainer = make_set(), make_trainer()
+    publisher = AdapterPublisher(adapters, trainer)
+    publisher.publish()
+    calls = (publisher.publish, lambda: publisher.rollback(1), lambda: publisher.add_hook(print))
+    for call in calls:
+        with pytest.raises(StateError, match="a publisher must not be called within hold of its trainer"):
+            trainer.hold(adapters, lambda _, call=call: call())
+    assert publisher.versions == (1,)
+    assert publisher.publish().version == 2

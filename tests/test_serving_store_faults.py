@@ -1,6 +1,8 @@
 """AdapterStore when the disk is full, a lock is held, a process ends or forks: nothing acknowledged is lost."""
 
+import contextlib
 import errno
+import logging
 import os
 import resource
 import signal
@@ -18,8 +20,9 @@ from test_fork import in_child
 from training import make_pair
 
 from cylora import StateError, StoreError
-from cylora.formats import durable
-from cylora.serving import AdapterStore, tenant_files
+from cylora.formats import durable, load_checkpoint
+from cylora.serving import AdapterStore, ServingMetrics, tenant_files
+from cylora.serving.tenant import snapshot_bytes
 from cylora.serving.tenant_files import TenantFolder
 
 FULL = Path(__file__).with_name("worker_store_full.py")
@@ -375,3 +378,169 @@ def test_leaving_a_folder_to_the_parent_twice_is_fine(tmp_path: Path) -> None:
     folder.leave_to_parent()
     folder.close()
     TenantFolder(tmp_path / "s").close()
+
+
+# ---------------------------------------------------------------------- learned, and then something happens
+
+
+@pytest.mark.parametrize("end", ["flush", "close"])
+def test_what_is_learned_inside_use_is_written_by_what_ends_there(tmp_path: Path, end: str) -> None:
+    twin = Twin("a")
+    store = make_store(tmp_path / "s")
+    store.create("a")
+    store.flush()  # nothing of it is new now
+    with store.use("a") as (trainer, adapters):
+        loss, *pair = gradients("a", 0)
+        assert trainer.step(loss, adapters, *pair) == twin.step(loss, *pair)
+        getattr(store, end)()
+        if end == "flush":
+            (saved,) = (tmp_path / "s").glob("tenant-*")
+            assert load_checkpoint(saved).trainer.total_steps() == 1
+    store.close()
+    with make_store(tmp_path / "s") as store:
+        assert print_of(store, "a") == twin.print()
+
+
+def test_step_whose_report_raises_is_kept(tmp_path: Path) -> None:
+    def refuse(record: logging.LogRecord) -> bool:
+        raise RuntimeError("the log is full")
+
+    logger = logging.getLogger("cylora")
+    former = logger.level
+    with make_store(tmp_path / "s", log_every=1) as store:
+        store.create("a")
+        store.flush()
+        logger.setLevel(logging.INFO)
+        logger.addFilter(refuse)
+        try:
+            with pytest.raises(RuntimeError, match="the log is full"):
+                store.step("a", *gradients("a", 0))
+        finally:
+            logger.removeFilter(refuse)
+            logger.setLevel(former)
+    with make_store(tmp_path / "s", log_every=1) as store, store.use("a") as (trainer, _):
+        assert trainer.total_steps() == 1
+
+
+def test_close_inside_close_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a signal handler calls it while the store is being closed."""
+    real = TenantFolder.save
+
+    def save(self: TenantFolder, *arguments: Any) -> None:
+        store.close()
+        real(self, *arguments)
+
+    store = make_store(tmp_path / "s")
+    store.create("a")
+    store.step("a", *gradients("a", 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(TenantFolder, "save", save)
+        store.close()
+    with make_store(tmp_path / "s") as store, store.use("a") as (trainer, _):
+        assert trainer.total_steps() == 1
+
+
+@pytest.mark.parametrize("call", ["open", "fsync"])
+def test_remove_that_fails_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    twin = Twin("a")
+    with make_store(tmp_path / "s") as store:
+        store.create("a")
+        _stepped(store, "a", {"a": twin}, 0)
+        store.flush()
+        with monkeypatch.context() as patch:
+            patch.setattr(tenant_files.os, call, fail)
+            with pytest.raises(OSError, match="Too many open files"):
+                store.remove("a")
+        assert "a" in store
+    with make_store(tmp_path / "s") as store:
+        assert print_of(store, "a") == twin.print()
+
+
+@pytest.mark.parametrize("call", ["restored", "published", "resident"])
+def test_metrics_that_raise_change_no_account(tmp_path: Path, call: str) -> None:
+    class Broken(ServingMetrics):
+        is_broken = False
+
+    def broken(self: Broken, *arguments: Any) -> None:
+        if self.is_broken:
+            raise RuntimeError("metrics")
+        getattr(super(Broken, self), call)(*arguments)
+
+    setattr(Broken, call, broken)
+    metrics = Broken()
+    with make_store(tmp_path / "s", room=2.5, store={"metrics": metrics}) as store:
+        for tenant in "abc":
+            store.create(tenant)
+        metrics.is_broken = True
+        for tenant in "ab":
+            with contextlib.suppress(RuntimeError):
+                store.step(tenant, *gradients(tenant, 0))
+            with contextlib.suppress(RuntimeError):
+                store.publish(tenant)
+        metrics.is_broken = False
+        memory = store._memory
+        snapshots = sum(snapshot_bytes(tenant.snapshot) for tenant in memory.tenants.values())
+        assert store.resident_bytes == snapshots + sum(tenant.n_bytes for tenant in memory.resident.values())
+        versions = {tenant: store.latest(tenant) for tenant in "ab"}
+        for tenant, before in versions.items():
+            after = store.publish(tenant)
+            assert after.version > (before.version if before is not None else 0)
+
+
+# ---------------------------------------------------------------------- interrupts
+
+INTERRUPTED = """
+import random, signal, sys, tempfile, time
+sys.path.insert(0, sys.argv[1])
+from stores import gradients, make_store
+from cylora.serving.tenant import snapshot_bytes
+
+armed = False
+
+def interrupt(*_):
+    if armed:
+        raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+random.seed(0)
+calls = {
+    "step": lambda store: store.step("a", *arguments),
+    "step_many": lambda store: store.step_many([("a", *arguments), ("b", *arguments)]),
+    "publish": lambda store: store.publish("a"),
+}
+arguments = gradients("a", 0)
+count = 0
+with tempfile.TemporaryDirectory() as folder, make_store(folder + "/s") as store:
+    for tenant in "ab":
+        store.create(tenant)
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        call = random.choice(list(calls.values()))
+        try:
+            armed = True
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(3e-5, 3e-4))
+            while True:
+                call(store)
+        except KeyboardInterrupt:
+            armed = False
+            count += 1
+        memory = store._memory
+        assert not memory.lock.locked()
+        for tenant in memory.tenants.values():
+            assert (tenant.owner, tenant.depth) == (None, 0), tenant.name
+        counted = sum(one.n_bytes + snapshot_bytes(one.snapshot) for one in memory.tenants.values())
+        assert memory.bytes == counted
+    signal.setitimer(signal.ITIMER_REAL, 0)
+print(count)
+"""
+
+
+def test_interrupts_at_random_moments_leave_no_lock_no_owner_and_the_right_account() -> None:
+    """In a process of its own, which a lock left taken would hang."""
+    command = [sys.executable, "-c", INTERRUPTED, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) > 100

@@ -216,12 +216,13 @@ def test_arriving_tenant_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monke
 def test_tenant_that_is_removed_while_others_wait_for_it_is_unknown_to_them(tmp_path: Path) -> None:
     with make_store(tmp_path / "s") as store:
         store.create("a")
-        held = store._memory.own("a")
+        held: list[Any] = []
+        store._memory.own("a", held)
         with in_thread(lambda: store.remove("a")) as removed, in_thread(lambda: store.check("a", 1.0)) as checked:
             wait_for(lambda: waiting(store) == 1 and bool(checked))
             with in_thread(lambda: store.step("a", 1.0, *make_pair())) as stepped:
                 wait_for(lambda: waiting(store) == 2)
-                store._memory.release((held,))
+                store._memory.release(held)
         assert removed == [None]
         assert isinstance(stepped[0], InputError) or stepped[0].step == 0  # whoever came first
         assert "a" not in store

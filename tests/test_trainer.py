@@ -344,6 +344,18 @@ def test_a_skipped_or_accumulated_first_step_binds() -> None:
         trainer.step_accumulated(make_adapter())
 
 
+def test_discarded_micro_batches_have_bound_the_trainer_too() -> None:
+    loaded, trainer, adapter = make_trainer(), make_trainer(), make_adapter()
+    loaded.accumulate(1.0, make_adapter(), *make_pair())
+    trainer.load_state_dict(loaded.state_dict())
+    trainer.accumulate(1.0, adapter, *make_pair())
+    trainer.discard_accumulated()
+    trainer.accumulate(1.0, adapter, *make_pair())  # as many as when the adapter came
+    with pytest.raises(StateError, match="adapter must be the one of the first step"):
+        trainer.step_accumulated(make_adapter())
+    assert trainer.step_accumulated(adapter).step == 0
+
+
 def test_gradients_of_another_layout_are_refused() -> None:
     trainer, adapters = make_trainer(), make_set()
     other = AdapterSet({"q": (6, 5), "k": (4, 3), "v": (2, 7)}, LoraConfig(rank=2), seed=0)

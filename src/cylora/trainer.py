@@ -70,7 +70,7 @@ class LoraTrainer:
         self._restored: TrainerState | None = None  # loaded before the first step, until then
         self._bound_at: tuple[int, int] | None = None  # steps and micro-batches there were when the adapters came
         self._accumulation = Accumulation()
-        self._lock, self._lock_process = threading.RLock(), os.getpid()
+        self._locks: dict[int, Any] = {os.getpid(): threading.RLock()}  # by process
         self._kept_waiting: list[None] = []  # an entry for each step that waits for a hold; appending is atomic
 
     # ------------------------------------------------------------------ stepping
@@ -188,8 +188,14 @@ class LoraTrainer:
         return self.step_accumulated(overrides=AdamParams(**constants) if constants else params)
 
     def discard_accumulated(self) -> None:
-        """Forget the accumulated micro-batches."""
-        self._while_idle(self._accumulation.discard)
+        """Forget the accumulated micro-batches. The trainer stays the one of the adapters they were of."""
+
+        def discard() -> None:
+            if self._progress() != self._bound_at:
+                self._bound_at = None  # else as many again would look as if none had ever been
+            self._accumulation.discard()
+
+        self._while_idle(discard)
 
     @property
     def accumulated(self) -> int:
@@ -272,9 +278,11 @@ class LoraTrainer:
     @property
     def _binding(self) -> Any:
         """The lock of binding and of the state. Re-entrant: a signal handler may ask for the state under it."""
-        if self._lock_process != os.getpid():  # forked: whoever held it may not exist in this process
-            self._lock, self._lock_process, self._kept_waiting = threading.RLock(), os.getpid(), []
-        return self._lock
+        lock = self._locks.get(os.getpid())
+        if lock is None:  # forked: whoever held it may not exist in this process. Of several threads one's stays.
+            lock = self._locks.setdefault(os.getpid(), threading.RLock())
+            self._kept_waiting = []
+        return lock
 
     @property
     def _calling_back(self) -> bool:
@@ -409,6 +417,10 @@ class LoraTrainer:
             return function(self._state())
 
         return self._while_idle(checked, timeout)
+
+    def is_held_here(self) -> bool:
+        """Return whether this thread is inside a call of this trainer that keeps others waiting, such as `hold`."""
+        return bool(self._binding._is_owned())
 
     def adopt(self, state: TrainerState) -> None:
         """Take over these parts themselves; nobody else may keep them. On an error nothing has changed."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from cylora import checks
 from cylora.adapter import AdapterSet, LoraAdapter
-from cylora.errors import ConfigError, InputError, PublishError
+from cylora.errors import ConfigError, InputError, PublishError, StateError
 from cylora.flat import FloatArray
 from cylora.formats.durable import check_name, last_version, publish_directory
 from cylora.optimizer import grad_norm
@@ -203,7 +203,7 @@ class AdapterPublisher:
 
         A new number, since numbers only rise for readers and servers cache by name; `AdapterSnapshot.restored_from` has
         the old one. Nothing is copied, and the adapters that are being trained stay as they are: to train on from
-        there, write ``snapshot.vector`` into them, within ``trainer.hold``.
+        there, write ``snapshot.vector`` into them, within ``trainer.hold``, in which no publisher may be called.
 
         Raises
         ------
@@ -278,6 +278,8 @@ class AdapterPublisher:
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
         """Let one thread change things at a time; a hook, inside its publisher's turn, is refused."""
+        if self._trainer is not None and self._trainer.is_held_here():
+            raise StateError("a publisher must not be called within hold of its trainer, which publishers wait for")
         with self._locks.setdefault(os.getpid(), threading.RLock()):
             self._announcing.require_none()
             yield

@@ -4,7 +4,10 @@
     written, or steps are done. Meanwhile the tenant has an owner, a thread, and everybody else who wants it waits.
 (b) Bytes are reserved before anything is read or made, and given back after it is gone. What leaves memory is on disk
     first, synced.
-(c) Nobody waits with tenants in hand that others may wait for, but for what a caller holds by `AdapterStore.use`: so
+(c) An interrupt may come at any call, so what belongs together is one statement: a tenant's owner and depth, bytes and
+    the room they take. ``room`` is what a call has reserved and not yet used; ``held`` is who is to be released. The
+    lock is taken by itself, since entering a Condition is Python code.
+(d) Nobody waits with tenants in hand that others may wait for, but for what a caller holds by `AdapterStore.use`: so
     nobody waits for ever.
 """
 
@@ -76,7 +79,8 @@ class Residency:
     ) -> None:
         self.budget, self._folder, self._config_of, self._metrics = budget, folder, config_of, metrics
         self._process = os.getpid()
-        self.changed = threading.Condition(threading.Lock())
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)
         self.tenants = {name: Tenant(name) for name in folder.tenants()}
         self.resident: OrderedDict[str, Tenant] = OrderedDict()  # the least recently used first
         self._spared: OrderedDict[str, Tenant] = OrderedDict()  # on disk, with a snapshot in memory; the oldest first
@@ -106,32 +110,36 @@ class Residency:
             raise InputError(f"tenant must be one that was created, got {name!r:.80}")
         return tenant
 
-    def own(self, name: Any, *, waits: bool = True) -> Tenant:
+    def own(self, name: Any, held: list[Tenant], *, waits: bool = True) -> Tenant:
         """Return a tenant that this thread owns from now on, until `release`. It may be on disk only."""
         self.require_open()
         me = threading.get_ident()
-        with self.changed:
+        with self.lock:
             while True:
                 self.require_open()
                 tenant = self.find(name)
                 if tenant.owner is None or tenant.owner == me:
                     tenant.owner, tenant.depth = me, tenant.depth + 1
+                    held.append(tenant)
                     return tenant
                 if not waits:
                     raise NotNowError
                 self.changed.wait()
 
-    def acquire(self, name: Any, *, waits: bool = True) -> Tenant:
+    def acquire(self, name: Any, held: list[Tenant], *, waits: bool = True) -> Tenant:
         """Return a tenant that is in memory and this thread's, until `release`."""
-        tenant = self.own(name, waits=waits)
+        before = len(held)
         try:
+            tenant = self.own(name, held, waits=waits)
             if tenant.trainer is None:
                 self._bring_in(tenant, waits)
             else:
-                with self.changed:
+                with self.lock:
                     self.resident.move_to_end(tenant.name)
         except BaseException:
-            self.release((tenant,))
+            taken = held[before:]
+            del held[before:]
+            self.release(taken)
             raise
         return tenant
 
@@ -139,7 +147,7 @@ class Residency:
         """Acquire tenants, one after the other, into ``held``, up to the first that takes waiting or reading."""
         self.require_open()
         me = threading.get_ident()
-        with self.changed:
+        with self.lock:
             self.require_open()
             tenants, to_end = self.tenants, self.resident.move_to_end
             for name in names:
@@ -150,13 +158,17 @@ class Residency:
                 held.append(tenant)
                 to_end(name)
 
-    def release(self, tenants: Iterable[Tenant]) -> None:
+    def release(self, held: list[Tenant]) -> None:
         """Let others have what this thread has acquired."""
-        with self.changed:
-            for tenant in tenants:
+        if not held:
+            return
+        with self.lock:
+            while held:
+                tenant = held[-1]
                 tenant.depth -= 1
                 if tenant.depth == 0:
                     tenant.owner = None
+                del held[-1]
             self.changed.notify_all()
 
     # ------------------------------------------------------------------ into memory
@@ -165,7 +177,7 @@ class Residency:
         """Return a new tenant that this thread owns and that is nowhere yet; InputError if there is one of the name."""
         self.require_open()
         is_left = self._folder.file(name).exists()  # put there by somebody else: not ours to replace
-        with self.changed:
+        with self.lock:
             self.require_open()
             if name in self.tenants or is_left:
                 raise InputError(f"tenant must be new to be created, got {name!r:.80}")
@@ -175,15 +187,18 @@ class Residency:
 
     def settle(self, tenant: Tenant, trainer: LoraTrainer, adapters: LoraAdapter | AdapterSet) -> None:
         """Take a new tenant into memory, after making room."""
-        n_bytes = tenant_bytes(trainer, adapters)
-        self.reserve(n_bytes)
-        with self.changed:
-            tenant.is_dirty = True
-            self._install(tenant, trainer, adapters, n_bytes)
+        room = [0]
+        try:
+            self.reserve(tenant_bytes(trainer, adapters), room)
+            with self.lock:
+                tenant.is_dirty = True
+                self._install(tenant, trainer, adapters, room)
+        finally:
+            self.give_back(room)
 
     def forget(self, tenant: Tenant) -> None:
         """Leave nothing of a tenant in memory."""
-        with self.changed:
+        with self.lock:
             if tenant.trainer is not None:
                 self._take_out(tenant)
             self.put_snapshot(tenant, None)
@@ -191,37 +206,37 @@ class Residency:
 
     def _bring_in(self, tenant: Tenant, waits: bool) -> None:
         while True:
-            expected = tenant.n_bytes or self._estimate(tenant)
-            self.reserve(expected, waits=waits)
+            expected, room = tenant.n_bytes or self._estimate(tenant), [0]
             try:
+                self.reserve(expected, room, waits=waits)
                 config = self._config_of(tenant.name)
                 changes = {"schedule": config.schedule} if callable(config.schedule) else {}  # not in the file
                 checkpoint = self._folder.load(tenant.name, **changes)
                 share_configs(config, checkpoint.trainer, checkpoint.adapters)
                 tenant.n_bytes = tenant_bytes(checkpoint.trainer, checkpoint.adapters)
                 if tenant.n_bytes <= expected:
-                    with self.changed:
+                    with self.lock:
                         tenant.version = max(tenant.version, checkpoint.extra["version"])
-                        self._install(tenant, checkpoint.trainer, checkpoint.adapters, expected)
+                        self._install(tenant, checkpoint.trainer, checkpoint.adapters, room)
                         self.counts["restored"] += 1
                         if self._metrics is not None:
                             self._metrics.restored()
                     return
                 del checkpoint  # the file was smaller than what comes of it: once more, with room for that
-            except BaseException:
-                self.give_back(expected)
-                raise
-            self.give_back(expected)
+            finally:
+                self.give_back(room)
 
     def _estimate(self, tenant: Tenant) -> int:
         return min(self._folder.file(tenant.name).stat().st_size + OBJECT_BYTES, self.budget)
 
-    def _install(self, tenant: Tenant, trainer: LoraTrainer, adapters: LoraAdapter | AdapterSet, reserved: int) -> None:
+    def _install(
+        self, tenant: Tenant, trainer: LoraTrainer, adapters: LoraAdapter | AdapterSet, room: list[int]
+    ) -> None:
+        n_bytes = tenant_bytes(trainer, adapters)
+        total = self.bytes + n_bytes - room[0]
         tenant.trainer, tenant.adapters, tenant.layout = trainer, adapters, adapters.flat.layout
-        tenant.n_bytes = tenant_bytes(trainer, adapters)
-        self.bytes += tenant.n_bytes - reserved
+        tenant.n_bytes, self.bytes, room[0], self.resident[tenant.name] = n_bytes, total, 0, tenant
         self._arriving.discard(threading.get_ident())
-        self.resident[tenant.name] = tenant
         if self._spared.pop(tenant.name, None) is not None:
             self._spared_bytes -= snapshot_bytes(tenant.snapshot)
         self._note()
@@ -230,7 +245,7 @@ class Residency:
 
     def save(self, tenant: Tenant) -> None:
         """Write an owned tenant, if memory has what its file has not."""
-        if tenant.is_dirty and tenant.trainer is not None and tenant.adapters is not None:
+        if (tenant.is_dirty or tenant.is_pinned) and tenant.trainer is not None and tenant.adapters is not None:
             try:
                 self._folder.save(tenant.name, tenant.trainer, tenant.adapters, {"version": tenant.version})
             except BaseException:
@@ -238,8 +253,8 @@ class Residency:
                 raise
             tenant.is_dirty = False
 
-    def reserve(self, n_bytes: int, *, waits: bool = True) -> None:
-        """Make room, if need be by writing the least recently used tenants to disk, and count it as taken.
+    def reserve(self, n_bytes: int, room: list[int], *, waits: bool = True) -> None:
+        """Make room, if need be by writing the least recently used tenants to disk, and count it as taken, in ``room``.
 
         Raises
         ------
@@ -250,33 +265,40 @@ class Residency:
             raise StoreError(f"memory_budget must be at least {n_bytes} for this tenant alone, got {self.budget}")
         stuck: dict[str, Exception] = {}
         while True:
-            with self.changed:
-                victim = self._victim(n_bytes, waits, stuck)
-                if victim is None:
-                    self.bytes += n_bytes
-                    self._arriving.add(threading.get_ident())
-                    return
-                victim.owner, victim.depth = threading.get_ident(), 1
+            held: list[Tenant] = []
             try:
-                self.save(victim)
-                with self.changed:
-                    self._spill(victim)
-            except (OSError, CyloraError) as error:
-                stuck[victim.name] = error
+                with self.lock:
+                    victim = self._victim(n_bytes, waits, stuck)
+                    if victim is None:
+                        self.bytes, room[0] = self.bytes + n_bytes, n_bytes
+                        self._arriving.add(threading.get_ident())
+                        return
+                    me = threading.get_ident()
+                    victim.owner, victim.depth = me, 1
+                    held.append(victim)
+                self._write_out(victim, stuck)
             finally:
-                self.release((victim,))
+                self.release(held)
 
-    def give_back(self, n_bytes: int) -> None:
+    def _write_out(self, tenant: Tenant, stuck: dict[str, Exception]) -> None:
+        try:
+            self.save(tenant)
+            with self.lock:
+                self._spill(tenant)
+        except (OSError, CyloraError) as error:
+            stuck[tenant.name] = error
+
+    def give_back(self, room: list[int]) -> None:
         """Count reserved bytes as free again."""
-        with self.changed:
-            self.bytes -= n_bytes
+        with self.lock:
+            self.bytes, room[0] = self.bytes - room[0], 0
             self._arriving.discard(threading.get_ident())
             self.changed.notify_all()
 
-    def reserve_quietly(self, n_bytes: int) -> None:
+    def reserve_quietly(self, n_bytes: int, room: list[int]) -> None:
         """Do what `reserve` does for what is made later: nobody waits for it."""
-        self.reserve(n_bytes)
-        with self.changed:
+        self.reserve(n_bytes, room)
+        with self.lock:
             self._arriving.discard(threading.get_ident())
             self.changed.notify_all()
 
@@ -332,24 +354,29 @@ class Residency:
 
     # ------------------------------------------------------------------ what else takes memory
 
-    def put_snapshot(self, tenant: Tenant, snapshot: AdapterSnapshot | None, reserved: int = 0) -> None:
-        """Replace a tenant's snapshot by one for which so much is reserved, or by none. Under the lock."""
-        old, tenant.snapshot = tenant.snapshot, snapshot
-        if self._spared.pop(tenant.name, None) is not None:
-            self._spared_bytes -= snapshot_bytes(old)
-        self.bytes += snapshot_bytes(snapshot) - reserved - snapshot_bytes(old)
+    def put_snapshot(self, tenant: Tenant, snapshot: AdapterSnapshot | None, room: list[int] | None = None) -> None:
+        """Replace a tenant's snapshot by one for which room is reserved, or by none. Under the lock."""
+        room, was = [0] if room is None else room, snapshot_bytes(tenant.snapshot)
+        total, spared = self.bytes + snapshot_bytes(snapshot) - room[0] - was, self._spared_bytes
+        if tenant.name in self._spared:
+            spared -= was
+        # Nothing interrupts these: CPython lets signals in at calls and backward jumps only.
+        if snapshot is not None:
+            tenant.version, tenant.is_dirty = snapshot.version, True
+        tenant.snapshot, self.bytes, room[0], self._spared_bytes = snapshot, total, 0, spared
+        self._spared.pop(tenant.name, None)
         self._note()
 
     def pin(self, tenant: Tenant, *, is_pinned: bool) -> None:
         """Say whether the owner may keep a tenant for as long as it likes: then nobody waits for its memory."""
-        with self.changed:
+        with self.lock:
             tenant.is_pinned = is_pinned
             self.changed.notify_all()
 
     def recount(self, tenant: Tenant, trainer: LoraTrainer, adapters: LoraAdapter | AdapterSet) -> None:
         """Count an owned tenant anew, after its owner did with it what it liked."""
         n_bytes = tenant_bytes(trainer, adapters)
-        with self.changed:
+        with self.lock:
             self.bytes += n_bytes - tenant.n_bytes
             tenant.n_bytes = n_bytes
 
@@ -363,10 +390,10 @@ class Residency:
         if os.getpid() != self._process:
             return False
         me = threading.get_ident()
-        with self.changed:
-            while self._closer is not None and not self.is_closed:
+        with self.lock:
+            while self._closer not in (None, me) and not self.is_closed:
                 self.changed.wait()
-            if self.is_closed:
+            if self.is_closed or self._closer == me:  # called by a signal handler in the middle of it
                 return False
             self._closer = me
             self.changed.notify_all()
@@ -380,7 +407,7 @@ class Residency:
 
     def end_closing(self, *, is_closed: bool) -> None:
         """Let go of everything, or where not all could be written be as open as before."""
-        with self.changed:
+        with self.lock:
             self._closer, self.is_closed = None, is_closed
             if is_closed:
                 self.tenants, self.resident, self.bytes = {}, OrderedDict(), 0

@@ -139,7 +139,7 @@ class AdapterStore:
             self._memory.forget(entry)
             raise
         finally:
-            self._memory.release((entry,))
+            self._memory.release([entry])
 
     def remove(self, tenant: str) -> None:
         """Forget a tenant, in memory and on disk; waits for who is using it. Its name is free again.
@@ -150,14 +150,15 @@ class AdapterStore:
         StateError   If this thread is using it.
         OSError      If its file cannot be removed. The tenant is as before.
         """
-        entry = self._memory.own(tenant)
+        entry = self._memory.own(tenant, [])
         try:
             if entry.depth > 1:
                 raise StateError(f"a tenant must not be in use to be removed, got {tenant!r:.80}, used by this thread")
+            entry.is_dirty = True  # should the sync fail after the file is gone
             self._folder.remove(tenant)
             self._memory.forget(entry)
         finally:
-            self._memory.release((entry,))
+            self._memory.release([entry])
 
     def __contains__(self, tenant: object) -> bool:
         return isinstance(tenant, str) and tenant in self._memory.tenants
@@ -184,8 +185,8 @@ class AdapterStore:
             If there is no room for it. In each case nothing was written.
         """
         with self._acquired(tenant) as (entry, trainer, adapters):
+            entry.is_dirty = True  # before: what a report raises, or an interrupt, comes after the step
             record = trainer.step(loss, adapters, grad_a, grad_b)
-            entry.is_dirty = True
         return record
 
     def step_many(self, jobs: Iterable[tuple[Any, ...]]) -> list[TrainingStep | Exception]:
@@ -230,7 +231,10 @@ class AdapterStore:
                 for one, outcome in zip(held, step_many(batch, threads=self._threads), strict=True):
                     results[first[one.name]] = outcome
             finally:
-                self._memory.release(held)
+                try:
+                    self._memory.release(held)
+                finally:  # again, should an interrupt have come as that began
+                    self._memory.release(held)
         return later
 
     def _gather(self, names: deque[str], held: list[Tenant], first: dict[str, int], results: Outcomes) -> None:
@@ -242,7 +246,7 @@ class AdapterStore:
                 names.popleft()
             if names:
                 try:
-                    held.append(self._memory.acquire(names[0], waits=not held))
+                    self._memory.acquire(names[0], held, waits=not held)
                 except NotNowError:
                     return
                 except Exception as error:
@@ -289,16 +293,15 @@ class AdapterStore:
         InputError, FormatError, OSError, StoreError
             As for `step`.
         """
-        room = published_bytes(self._layout(tenant))
-        self._memory.reserve_quietly(room)
+        n_bytes, room = published_bytes(self._layout(tenant)), [0]
         try:
+            self._memory.reserve_quietly(n_bytes, room)
             with self._acquired(tenant) as (entry, trainer, adapters):
                 publisher = AdapterPublisher(adapters, trainer, keep=1, max_norm_ratio=self._max_norm_ratio)
                 publisher.latest = entry.snapshot  # what the norm is compared with
                 snapshot = replace(publisher.publish(), version=entry.version + 1)
-                with self._memory.changed:
+                with self._memory.lock:
                     self._memory.put_snapshot(entry, snapshot, room)
-                entry.version, entry.is_dirty = snapshot.version, True
         except BaseException as error:
             self._memory.give_back(room)
             if isinstance(error, PublishError) and self._metrics is not None:
@@ -335,12 +338,12 @@ class AdapterStore:
             If some could not be written. All others are, and those stay in memory.
         """
         self._memory.require_open()
-        with self._memory.changed:
+        with self._memory.lock:
             names = [one.name for one in self._memory.resident.values() if one.is_dirty or one.owner is not None]
         failures: list[tuple[str, Exception]] = []
         for name in names:
             try:
-                entry = self._memory.own(name)
+                entry = self._memory.own(name, [])
             except InputError:  # removed meanwhile
                 continue
             try:
@@ -348,7 +351,7 @@ class AdapterStore:
             except (OSError, CyloraError) as error:
                 failures.append((name, error))
             finally:
-                self._memory.release((entry,))
+                self._memory.release([entry])
         if failures:
             name, first = failures[0]
             count = f"{len(failures)} of {len(names)} tenants could not be written and stay in memory"
@@ -393,11 +396,15 @@ class AdapterStore:
 
     @contextlib.contextmanager
     def _acquired(self, tenant: str) -> Iterator[tuple[Tenant, LoraTrainer, Adapters]]:
-        entry = self._memory.acquire(tenant)
+        held: list[Tenant] = []
         try:
-            yield entry, entry.trainer, entry.adapters  # type: ignore[misc]
-        finally:
-            self._memory.release((entry,))
+            try:
+                entry = self._memory.acquire(tenant, held)
+                yield entry, entry.trainer, entry.adapters  # type: ignore[misc]
+            finally:
+                self._memory.release(held)
+        finally:  # again, should an interrupt have come as that began
+            self._memory.release(held)
 
     def _layout(self, tenant: str) -> Any:
         self._memory.require_open()

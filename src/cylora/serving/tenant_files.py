@@ -82,9 +82,9 @@ class TenantFolder:
 
     def remove(self, tenant: str) -> None:
         """Remove a tenant's file, durably, if there is one; OSError if it cannot be removed."""
-        self.file(tenant).unlink(missing_ok=True)
         descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
+            self.file(tenant).unlink(missing_ok=True)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
