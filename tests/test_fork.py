@@ -7,6 +7,7 @@ import traceback
 
 import numpy as np
 import pytest
+from training import make_trainer
 
 from cylora import AdapterSet, Gradients, LoraConfig, LoraTrainer, LoraTrainingConfig, StateError
 
@@ -109,6 +110,17 @@ def test_child_is_not_locked_out_by_a_lock_of_its_parent():
         release.set()
         thread.join()
     assert outcome == 0
+
+
+def test_threads_of_a_child_share_the_lock_that_replaces_the_parents(monkeypatch):
+    trainer = make_trainer()
+    own, process = trainer._binding, os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    lock = trainer._binding
+    trainer._lock_process = process  # as another thread may have read it a moment before
+    assert trainer._binding is lock is not own
+    trainer._renew_lock()  # or came too late to
+    assert trainer._binding is lock
 
 
 def test_lock_of_another_process_is_replaced(monkeypatch):

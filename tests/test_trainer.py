@@ -356,6 +356,16 @@ def test_discarded_micro_batches_have_bound_the_trainer_too() -> None:
     assert trainer.step_accumulated(adapter).step == 0
 
 
+def test_discarding_what_was_loaded_binds_nothing() -> None:
+    loaded, trainer, adapter = make_trainer(), make_trainer(), make_adapter()
+    loaded.accumulate(1.0, adapter, *make_pair())
+    trainer.load_state_dict(loaded.state_dict())
+    with pytest.raises(InputError):
+        trainer.accumulate(1.0, make_adapter(), np.ones(3, np.float32))
+    trainer.discard_accumulated()
+    assert trainer.step(1.0, adapter, *make_pair()).step == 0
+
+
 def test_gradients_of_another_layout_are_refused() -> None:
     trainer, adapters = make_trainer(), make_set()
     other = AdapterSet({"q": (6, 5), "k": (4, 3), "v": (2, 7)}, LoraConfig(rank=2), seed=0)

@@ -70,7 +70,8 @@ class LoraTrainer:
         self._restored: TrainerState | None = None  # loaded before the first step, until then
         self._bound_at: tuple[int, int] | None = None  # steps and micro-batches there were when the adapters came
         self._accumulation = Accumulation()
-        self._locks: dict[int, Any] = {os.getpid(): threading.RLock()}  # by process
+        self._lock, self._lock_process = threading.RLock(), os.getpid()
+        self._renewed: dict[tuple[int, int], Any] = {}  # locks of forked children
         self._kept_waiting: list[None] = []  # an entry for each step that waits for a hold; appending is atomic
 
     # ------------------------------------------------------------------ stepping
@@ -191,9 +192,9 @@ class LoraTrainer:
         """Forget the accumulated micro-batches. The trainer stays the one of the adapters they were of."""
 
         def discard() -> None:
-            if self._progress() != self._bound_at:
-                self._bound_at = None  # else as many again would look as if none had ever been
+            is_bound = self._bound is not None
             self._accumulation.discard()
+            self._bound_at = None if is_bound else self._progress()  # as many again are not none at all
 
         self._while_idle(discard)
 
@@ -278,11 +279,17 @@ class LoraTrainer:
     @property
     def _binding(self) -> Any:
         """The lock of binding and of the state. Re-entrant: a signal handler may ask for the state under it."""
-        lock = self._locks.get(os.getpid())
-        if lock is None:  # forked: whoever held it may not exist in this process. Of several threads one's stays.
-            lock = self._locks.setdefault(os.getpid(), threading.RLock())
+        if self._lock_process != os.getpid():  # forked: whoever held it may not exist in this process
+            self._renew_lock()
+        return self._lock
+
+    def _renew_lock(self) -> None:
+        """Have a lock of this process's own: the same for all threads that come here at once."""
+        former, process = self._lock_process, os.getpid()
+        if former != process:
+            self._lock = self._renewed.setdefault((former, process), threading.RLock())
             self._kept_waiting = []
-        return lock
+            self._lock_process = process  # last: who sees it finds the lock
 
     @property
     def _calling_back(self) -> bool:
