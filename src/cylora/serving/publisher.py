@@ -24,9 +24,16 @@ from cylora.serving.version_files import BaseConfig, version_files
 from cylora.state import TrainerState
 from cylora.trainer import LoraTrainer
 
-__all__ = ["AdapterPublisher"]
+__all__ = ["AdapterPublisher", "checked_norm_ratio"]
 
 _Result = TypeVar("_Result")
+
+
+def checked_norm_ratio(value: float | None) -> float | None:
+    """Return a ``max_norm_ratio``, or raise ConfigError."""
+    if value is None:
+        return None
+    return checks.real("max_norm_ratio (if not None)", value, ">= 1", lambda x: x >= 1)
 
 
 class PublishMetrics(Protocol):
@@ -239,9 +246,7 @@ class AdapterPublisher:
 
     @max_norm_ratio.setter
     def max_norm_ratio(self, value: float | None) -> None:
-        if value is not None:
-            value = checks.real("max_norm_ratio (if not None)", value, ">= 1", lambda x: x >= 1)
-        self._max_norm_ratio = value
+        self._max_norm_ratio = checked_norm_ratio(value)
 
     def counters(self) -> dict[str, int]:
         """Return how many versions were published (those of a rollback too), refused, rolled back; errors of hooks.

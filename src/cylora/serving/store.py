@@ -15,7 +15,7 @@ from cylora.errors import ConfigError, CyloraError, InputError, PublishError, St
 from cylora.formats.weights import check_finite
 from cylora.history import TrainingStep
 from cylora.many import step_many
-from cylora.serving.publisher import AdapterPublisher
+from cylora.serving.publisher import AdapterPublisher, checked_norm_ratio
 from cylora.serving.residency import NotNowError, Residency, StoreMetrics
 from cylora.serving.snapshot import AdapterSnapshot
 from cylora.serving.tenant import Tenant, check_gradients, published_bytes
@@ -105,10 +105,7 @@ class AdapterStore:
         self._config_of = partial(_config_of, default, config_for)
         self._new_adapters, self._metrics = new_adapters, metrics
         self._threads = thread_count(threads)
-        self._max_norm_ratio = max_norm_ratio
-        if max_norm_ratio is not None:
-            rule = "max_norm_ratio (if not None)", max_norm_ratio, ">= 1", lambda x: x >= 1
-            self._max_norm_ratio = checks.real(*rule)
+        self._max_norm_ratio = checked_norm_ratio(max_norm_ratio)
         budget = checks.integer("memory_budget", memory_budget, 1)
         self._folder = TenantFolder(folder)
         self._memory = Residency(self._folder, budget, self._config_of, metrics)
