@@ -252,13 +252,39 @@ def test_keep_leaves_strangers_alone(tmp_path: Path) -> None:
     assert names(tmp_path) == [LATEST, "name@v1-01234567", "name@v2-01234567", last.name]
 
 
-def test_a_version_that_cannot_be_removed_is_reported_and_found_no_more(tmp_path: Path) -> None:
+def test_a_version_that_cannot_be_removed_is_a_warning_and_found_no_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     old = publish_directory(tmp_path, "name", 1, FILES)
     (old / "a directory of someone else's").mkdir()
-    with pytest.raises(OSError, match="a directory of someone else's"):
-        publish_directory(tmp_path, "name", 2, FILES, keep=1)
-    assert [path.name.partition("-")[0] for path in published(tmp_path, "name")] == ["name@v2"]
+    new = publish_directory(tmp_path, "name", 2, OTHER, keep=1)
+    assert published(tmp_path, "name") == [new]
+    assert contents(tmp_path / LATEST) == OTHER
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("cylora", "WARNING")
+    rule = f"{new} is published, but what it replaces could not be removed: "
+    assert record.getMessage().startswith(rule)
+    assert "a directory of someone else's" in record.getMessage()
+
+
+def test_a_copy_that_cannot_be_removed_at_once_is_a_warning_and_no_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of what was published already, under the same version."""
+    first = publish_directory(tmp_path, "name", 1, FILES)
+    second = publish_directory(tmp_path, "name", 2, OTHER)
+    with monkeypatch.context() as patched:
+        faults = Faults(patched, None, 0, is_done=False)
+        publish_directory(tmp_path, "name", 1, FILES)
+    publish_directory(tmp_path, "name", 2, OTHER)
+    with monkeypatch.context() as patched:
+        Faults(patched, OSError(errno.EIO, "Input/output error"), faults.calls.index("unlink"), is_done=False)
+        assert publish_directory(tmp_path, "name", 1, FILES) == first
+    assert names(tmp_path) == [LATEST, first.name, second.name]
     assert contents(tmp_path / LATEST) == FILES
+    assert caplog.messages == [
+        f"{first} is published, but what it replaces could not be removed: [Errno 5] Input/output error"
+    ]
 
 
 # ------------------------------------------------------------------ what fails
@@ -267,12 +293,17 @@ def test_a_version_that_cannot_be_removed_is_reported_and_found_no_more(tmp_path
 @pytest.mark.parametrize("is_done", [False, True], ids=["instead", "after"])
 @pytest.mark.parametrize("make_error", [lambda: OSError(errno.EIO, "Input/output error"), KeyboardInterrupt])
 def test_a_failure_at_any_call_leaves_whole_versions_and_no_litter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_error: type[BaseException], is_done: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    make_error: type[BaseException],
+    is_done: bool,
 ) -> None:
     with monkeypatch.context() as patched:  # how many calls there are
         publish_directory(tmp_path, "count", 1, FILES)
         faults = Faults(patched, None, 0, is_done=is_done)
         publish_directory(tmp_path, "count", 2, OTHER, keep=1)
+    last_sync = [when for when, call in enumerate(faults.calls) if call == "fsync"][-2]  # the last one is _prune's
     for when, call in enumerate(faults.calls):
         root = tmp_path / f"{when}"
         root.mkdir()
@@ -280,13 +311,17 @@ def test_a_failure_at_any_call_leaves_whole_versions_and_no_litter(
         descriptors = open_descriptors()
         raised: BaseException | None = None
         error = make_error()
+        caplog.clear()
         with monkeypatch.context() as patched:
             Faults(patched, error, when, is_done=is_done)
             try:
                 publish_directory(root, "name", 2, OTHER, keep=1)
             except (OSError, KeyboardInterrupt) as caught:
                 raised = caught
-        assert raised is error or (call == "close" and raised is None), (when, call, raised)
+        assert raised is error or call == "close" or bool(caplog.records), (when, call, raised)
+        is_late = when > last_sync and isinstance(error, OSError)  # what is removed after the version is published
+        assert bool(caplog.records) == (is_late and call != "close"), (when, call)
+        assert raised is None or not is_late, (when, call)
         assert open_descriptors() == descriptors, (when, call)
         left = {path.name: contents(path) for path in published(root, "name")}
         new = f"name@v2-{digest(OTHER)}"

@@ -110,6 +110,22 @@ def test_keep_removes_the_older_ones(tmp_path: Path) -> None:
     assert len(versions_in(tmp_path)) == 3
 
 
+def test_an_older_one_that_cannot_be_removed_keeps_no_version_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    publisher = AdapterPublisher(make_model())
+    heard: list[Path | None] = []
+    publisher.add_hook(lambda snapshot, path: heard.append(path))
+    old = publisher.publish_to(tmp_path)
+    (old / "of someone else").mkdir()
+    new = publisher.publish_to(tmp_path, keep=1)
+    assert (publisher.latest.version, heard) == (2, [old, new])
+    assert os.readlink(tmp_path / "latest") == new.name
+    assert [message.partition(": ")[0] for message in caplog.messages] == [
+        f"{new} is published, but what it replaces could not be removed"
+    ]
+
+
 def test_a_new_process_counts_on_from_what_is_in_the_directory(tmp_path: Path) -> None:
     publish_directory(tmp_path, "adapter", 17, {"file": b"of an earlier process"})
     publish_directory(tmp_path, "other", 99, {"file": b""})

@@ -10,12 +10,15 @@ Everything cylora writes goes through here.
 (c) A sync that failed is not tried again: the kernel may already have dropped the pages and would report success.
 (d) Publishers of one root take turns (an advisory lock of the root) from the look at what is there to the last removal;
     otherwise one could remove the version that another is about to point ``latest`` at. Readers need no lock.
+(e) A version is published once ``latest`` points to it, to stay: what cannot be removed afterwards is a warning, since
+    a caller who got an error would take the version for not published.
 """
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import secrets
@@ -40,6 +43,8 @@ __all__ = [
     "remove_leftovers",
     "replace_file",
 ]
+
+logger = logging.getLogger("cylora")
 
 Content = bytes | Sequence[bytes | memoryview]  # a whole file, or its parts in their order
 
@@ -114,7 +119,7 @@ def publish_directory(
     keep : int >= 1, optional
         Afterwards remove all versions of this name but the ``keep`` published last, never the one ``latest`` points
         to. A reader that resolved ``latest`` earlier may still be reading: keep more than are published while a reader
-        loads.
+        loads. What cannot be removed is a warning to the logger ``cylora``.
 
     Returns
     -------
@@ -124,29 +129,37 @@ def publish_directory(
     Raises
     ------
     InputError   If an argument breaks its rule, or the version is published with other content.
-    OSError      As the system reports it; ``latest`` points to the old version or the new one.
+    OSError      As the system reports it. ``latest`` points to the old version; only if the sync after that fails does
+                 it point to the new one, though perhaps not after a power failure.
     """
     name = check_name(name)
     version = checks.integer("version", version, 0, MAX_VERSION, InputError)
     keep = None if keep is None else checks.integer("keep (if not None)", keep, 1, error=InputError)
     _check_names(files)
     folder = Path(root)
-    with _opened(folder) as parent, _temporary(name, parent, _remove_directory) as temporary:
-        final = f"{name}@v{version}-{_fill_directory(temporary, files, parent)[:8]}"
-        with _locked(parent):
-            taken = [found for found, number in _versions(name, parent) if number == version]
-            if not taken:
-                _rename_new(temporary, final, parent, str(folder / final))
-            elif taken != [final]:
-                raise InputError(f"{name} must have one content as version {version}, got {folder / taken[0]}")
-            os.utime(final, dir_fd=parent)  # so that _prune knows the order, whatever the versions are
-            os.fsync(parent)  # the directory before the link to it
-            _point(LATEST, final, parent)
-            os.fsync(parent)
-            if keep is not None:
-                _prune(name, keep, parent)
-        if taken:
-            _remove_directory(temporary, parent)
+    is_published = False
+    try:
+        with _opened(folder) as parent, _temporary(name, parent, _remove_directory) as temporary:
+            final = f"{name}@v{version}-{_fill_directory(temporary, files, parent)[:8]}"
+            with _locked(parent):
+                taken = [found for found, number in _versions(name, parent) if number == version]
+                if not taken:
+                    _rename_new(temporary, final, parent, str(folder / final))
+                elif taken != [final]:
+                    raise InputError(f"{name} must have one content as version {version}, got {folder / taken[0]}")
+                os.utime(final, dir_fd=parent)  # so that _prune knows the order, whatever the versions are
+                os.fsync(parent)  # the directory before the link to it
+                _point(LATEST, final, parent)
+                os.fsync(parent)
+                is_published = True
+                if keep is not None:
+                    _prune(name, keep, parent)
+            if taken:
+                _remove_directory(temporary, parent)
+    except OSError as error:
+        if not is_published:
+            raise
+        logger.warning("%s is published, but what it replaces could not be removed: %s", folder / final, error)
     return folder / final
 
 
