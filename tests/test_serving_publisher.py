@@ -3,13 +3,17 @@
 import gc
 import logging
 import pickle
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from test_durable import names
 from test_fork import in_child
 from test_hold import until
 from training import fill, fingerprint, make_adapter, make_pair, make_set, make_trainer, same_bits
@@ -229,6 +233,21 @@ def test_a_norm_that_jumped_is_refused_and_one_at_the_limit_is_not() -> None:
     adapters.flat.vector[...] = 1e-3  # falling is no jump
     assert publisher.publish().version == 4
     assert publisher.counters()["refused"] == 1
+
+
+def test_after_a_rollback_the_norm_is_compared_with_what_was_restored() -> None:
+    adapters = make_set()
+    publisher = AdapterPublisher(adapters, max_norm_ratio=2)
+    for value in (1, 2):
+        adapters.flat.vector[...] = value
+        publisher.publish()
+    adapters.flat.vector[...] = 3  # no jump from version 2
+    back = publisher.rollback(1)
+    with pytest.raises(PublishError, match=r"must be at most 2 times that of version 3, 7.34.*; version 3 stays"):
+        publisher.publish()
+    assert publisher.latest is back
+    np.copyto(adapters.flat.vector, back.vector)
+    assert publisher.publish().version == 4
 
 
 def test_the_limit_can_be_lifted_and_zero_is_no_measure() -> None:
@@ -468,7 +487,8 @@ def test_a_hook_must_not_publish_or_change_its_publisher() -> None:
 
     publisher.add_hook(hook)
     publisher.publish()
-    rule = "this publisher is announcing a version: a hook must not publish or change its publisher"
+    at_work = "this publisher is at work further up this call stack"
+    rule = f"{at_work}: a hook, metrics or a signal handler must not publish or change it"
     assert errors == [rule] * 5
     assert publisher.versions == (1,)
     assert other.versions == (1,)
@@ -499,6 +519,56 @@ def test_metrics_hear_of_versions_and_refusals() -> None:
     with pytest.raises(PublishError):
         publisher.publish()
     assert heard == [("one", 1), ("one", 2), "one"]
+
+
+def test_metrics_that_raise_are_treated_like_a_hook_that_does(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        def __repr__(self) -> str:
+            return "Broken()"
+
+        def published(self, tenant: str, version: int) -> None:
+            if version < 3:
+                raise ZeroDivisionError(f"of {version}")
+
+        def refused(self, tenant: str) -> None:
+            raise ZeroDivisionError("of a refusal")
+
+    adapters = make_set()
+    publisher = AdapterPublisher(adapters, name="one", metrics=Broken())
+    heard: list[int] = []
+    publisher.add_hook(lambda snapshot, path: heard.append(snapshot.version))
+    first = publisher.publish()
+    assert publisher.latest is first
+    assert publisher.last_hook_error == "version 1: ZeroDivisionError: of 1"
+    publisher.rollback(1)
+    assert heard == [1, 2]
+    assert publisher.last_hook_error == "version 2: ZeroDivisionError: of 2"
+    adapters.flat.vector[0] = np.inf
+    with pytest.raises(PublishError, match="version 2 stays"):
+        publisher.publish()
+    adapters.flat.vector[0] = 1
+    assert publisher.publish().version == 3
+    assert publisher.last_hook_error is None
+    assert publisher.counters() == {"published": 3, "refused": 1, "rolled_back": 1, "hook_errors": 3, "buffers": 2}
+    assert caplog.messages == [
+        "version 1 of one stands, but metrics Broken() raised",
+        "version 2 of one stands, but metrics Broken() raised",
+        "one was refused, but metrics Broken() raised",
+    ]
+    assert [record.exc_info[0] for record in caplog.records] == [ZeroDivisionError] * 3
+
+
+def test_metrics_must_not_publish() -> None:
+    class Publishing:
+        def published(self, tenant: str, version: int) -> None:
+            publisher.publish()
+
+        refused = published
+
+    publisher = AdapterPublisher(make_set(), metrics=Publishing())
+    assert publisher.publish().version == 1
+    assert publisher.versions == (1,)
+    assert publisher.last_hook_error.startswith("version 1: StateError: this publisher is at work further up")
 
 
 # ------------------------------------------------------------------ threads
@@ -588,6 +658,120 @@ def test_threads_that_publish_take_turns() -> None:
     assert sorted(versions) == list(range(1, 201))
     assert hooked == list(range(1, 201))
     assert publisher.versions == tuple(range(1, 201))
+
+
+@contextmanager
+def published_without_end(publisher: AdapterPublisher) -> Iterator[None]:
+    """Have another thread publish meanwhile, with a hook that does not return before the end."""
+    inside, go_on = Waits(), Waits()
+
+    def slow(snapshot: AdapterSnapshot, path: Path | None) -> None:
+        inside.set()
+        go_on.wait()
+
+    publisher.add_hook(slow)
+    publishing = threading.Thread(target=publisher.publish)
+    publishing.start()
+    try:
+        inside.wait()
+        yield
+    finally:
+        go_on.set()
+        publishing.join(60)
+        publisher.remove_hook(slow)
+
+
+@pytest.mark.parametrize("timeout", [0, 0.01])
+def test_publish_waits_no_longer_than_its_timeout_for_another_thread(tmp_path: Path, timeout: float) -> None:
+    publisher = AdapterPublisher(make_set())
+
+    def refused(call: Callable[..., object]) -> None:
+        with pytest.raises(TrainerBusyError) as caught:
+            call(timeout=timeout)
+        assert str(caught.value) == "this publisher is busy: another thread was publishing, or in a hook, all the time"
+
+    with published_without_end(publisher):
+        before = publisher.counters()
+        for call in (publisher.publish, lambda **options: publisher.publish_to(tmp_path, **options)):
+            waiting = threading.Thread(target=refused, args=(call,))  # not here, where it might hang
+            waiting.start()
+            waiting.join(60)
+            assert not waiting.is_alive()
+        assert publisher.versions == (1,)
+        assert publisher.counters() == before
+        assert names(tmp_path) == []
+    assert publisher.publish(timeout=timeout).version == 2
+
+
+@pytest.mark.parametrize("timeout", [60, np.inf])
+def test_publish_gets_its_turn_within_its_timeout(timeout: float) -> None:
+    publisher = AdapterPublisher(make_set())
+    made: list[AdapterSnapshot] = []
+    with published_without_end(publisher):
+        waiting = threading.Thread(target=lambda: made.append(publisher.publish(timeout=timeout)))
+        waiting.start()
+    waiting.join(60)
+    assert [snapshot.version for snapshot in made] == [2]
+
+
+def test_waiting_for_the_turn_and_for_a_step_take_one_timeout_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("cylora.serving.publisher.time", SimpleNamespace(monotonic=lambda: now[0]))
+    trainer, adapters = trained()
+    publisher = AdapterPublisher(adapters, trainer)
+    waits: list[tuple[str, float]] = []
+    take, hold = publisher._turns.take, trainer.hold
+
+    def late_turn(function: Callable[[], Any], timeout: float) -> Any:
+        waits.append(("turn", timeout))
+        now[0] += 7
+        return take(function, timeout)
+
+    def held(adapters: Any, function: Any, *, timeout: float) -> Any:
+        waits.append(("step", timeout))
+        return hold(adapters, function, timeout=timeout)
+
+    monkeypatch.setattr(publisher._turns, "take", late_turn)
+    monkeypatch.setattr(trainer, "hold", held)
+    publisher.publish(timeout=10)
+    publisher.publish(timeout=5)
+    assert waits == [("turn", 10), ("step", 3), ("turn", 5), ("step", 0)]
+
+
+def test_an_interrupt_at_any_moment_leaves_the_turn_free_though_its_traceback_is_kept() -> None:
+    """At each moment at which the interpreter looks for one: when a function begins, and after one of C's."""
+
+    def interrupted(call: Callable[[], object], when: int) -> BaseException | None:
+        left = [when]
+
+        def profile(frame: FrameType, event: str, argument: object) -> None:
+            if event in ("call", "c_return"):
+                left[0] -= 1
+                if left[0] == 0:
+                    raise KeyboardInterrupt
+
+        before = sys.getprofile()
+        sys.setprofile(profile)
+        try:
+            call()
+        except KeyboardInterrupt as error:
+            return error
+        finally:
+            sys.setprofile(before)
+        return None
+
+    publisher = AdapterPublisher(make_set())
+    publisher.publish()
+    for call in (publisher.publish, lambda: publisher.rollback(publisher.latest.version)):
+        kept, when = [], 0
+        while (error := interrupted(call, when := when + 1)) is not None:
+            kept.append(error)
+            versions: list[int] = []
+            other = threading.Thread(target=lambda versions=versions: versions.append(publisher.publish().version))
+            other.start()
+            other.join(60)
+            assert versions == [publisher.latest.version], when
+        assert len(kept) > 20
 
 
 def test_a_reader_does_not_wait_for_a_publisher_that_is_busy() -> None:

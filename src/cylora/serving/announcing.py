@@ -1,41 +1,49 @@
 """Announcing: who is told of each version, and what became of it."""
 
 import logging
-import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
-from cylora.errors import InputError, StateError
+from cylora.errors import InputError
 from cylora.serving.snapshot import AdapterSnapshot
 
-__all__ = ["Announcing", "Hook"]
+__all__ = ["Announcing", "Hook", "PublishMetrics"]
 
 logger = logging.getLogger("cylora")
 
 Hook = Callable[[AdapterSnapshot, Path | None], object]
 
 
+class PublishMetrics(Protocol):
+    """Who is told of each version and each refusal, by the publisher's name."""
+
+    def published(self, tenant: str, version: int) -> object:
+        """Count a version."""
+        ...
+
+    def refused(self, tenant: str) -> object:
+        """Count a snapshot that was refused."""
+        ...
+
+
 class Announcing:
-    """The hooks of one publisher, called one after the other. What they raise goes no further than the log.
+    """Tells the metrics and the hooks of one publisher, in order. What they raise goes no further than the log.
 
     Attributes
     ----------
     errors : int
-        How many errors hooks raised.
+        How many errors they raised.
     last_error : str or None
         Those of the last announcement.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, metrics: PublishMetrics | None) -> None:
+        self._name, self._metrics = name, metrics
         self._hooks: tuple[Hook, ...] = ()
-        self._process: int | None = None  # in which hooks are being called: a forked child calls none
         self.errors = 0
         self.last_error: str | None = None
-
-    def require_none(self) -> None:
-        """Raise StateError if this is called by a hook."""
-        if self._process == os.getpid():
-            raise StateError("this publisher is announcing a version: a hook must not publish or change its publisher")
 
     def add(self, hook: Hook) -> None:
         """Call this hook, too, from now on."""
@@ -49,19 +57,31 @@ class Announcing:
             raise InputError(f"hook must be one that was added, got {hook!r}")
         self._hooks = tuple(one for one in self._hooks if one != hook)
 
-    def announce(self, name: str, snapshot: AdapterSnapshot, path: Path | None) -> None:
-        """Call every hook, whatever the others raise."""
-        errors = []
-        self._process = os.getpid()
+    def announce(self, snapshot: AdapterSnapshot, path: Path | None, *, is_new: bool = True) -> None:
+        """Tell the metrics, if the version is a new one, and every hook, whatever the others raise."""
+        version, metrics = snapshot.version, self._metrics
+        stands, errors = f"version {version} of {self._name} stands", []
+        if is_new and metrics is not None:
+            errors.append(self._told(lambda: metrics.published(self._name, version), stands, "metrics", metrics))
+        for hook in self._hooks:
+            errors.append(self._told(partial(hook, snapshot, path), stands, "hook", hook))
+        self.last_error = "; ".join(f"version {version}: {error}" for error in errors if error) or None
+
+    def refuse(self) -> None:
+        """Tell the metrics that a snapshot was refused."""
+        metrics = self._metrics
+        if metrics is not None:
+            self._told(lambda: metrics.refused(self._name), f"{self._name} was refused", "metrics", metrics)
+
+    def _told(self, tell: Callable[[], object], stands: str, kind: str, whom: object) -> str | None:
+        """Call ``tell``; log and return what it raised.
+
+        As text: an exception keeps the frames it came through, and with them the snapshot's memory.
+        """
         try:
-            for hook in self._hooks:
-                try:
-                    hook(snapshot, path)
-                except Exception as error:
-                    self.errors += 1
-                    logger.exception("version %d of %s stands, but hook %r raised", snapshot.version, name, hook)
-                    # As text: an exception keeps the frames it came through, and with them the snapshot's memory.
-                    errors.append(f"version {snapshot.version}: {type(error).__name__}: {error}")
-        finally:
-            self._process = None
-        self.last_error = "; ".join(errors) or None
+            tell()
+        except Exception as error:
+            self.errors += 1
+            logger.exception("%s, but %s %r raised", stands, kind, whom)
+            return f"{type(error).__name__}: {error}"
+        return None

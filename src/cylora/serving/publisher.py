@@ -1,13 +1,12 @@
 """AdapterPublisher: hands whole, unchanging versions of adapters to readers while these adapters are trained."""
 
-import contextlib
 import math
 import os
-import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -17,9 +16,10 @@ from cylora.errors import ConfigError, InputError, PublishError, StateError
 from cylora.flat import FloatArray
 from cylora.formats.durable import check_name, last_version, publish_directory
 from cylora.optimizer import grad_norm
-from cylora.serving.announcing import Announcing, Hook
+from cylora.serving.announcing import Announcing, Hook, PublishMetrics
 from cylora.serving.lending import Lending
 from cylora.serving.snapshot import AdapterSnapshot
+from cylora.serving.turns import Turns
 from cylora.serving.version_files import BaseConfig, version_files
 from cylora.state import TrainerState
 from cylora.trainer import LoraTrainer
@@ -36,18 +36,6 @@ def checked_norm_ratio(value: float | None) -> float | None:
     return checks.real("max_norm_ratio (if not None)", value, ">= 1", lambda x: x >= 1)
 
 
-class PublishMetrics(Protocol):
-    """Who is told of each version and each refusal, by the publisher's name."""
-
-    def published(self, tenant: str, version: int) -> object:
-        """Count a version."""
-        ...
-
-    def refused(self, tenant: str) -> object:
-        """Count a snapshot that was refused."""
-        ...
-
-
 class AdapterPublisher:
     """Publish versions of adapters that are being trained: each whole, unchanging, and numbered upwards.
 
@@ -61,13 +49,16 @@ class AdapterPublisher:
     keep : int >= 1
         How many versions `get` and `rollback` can reach, the latest included.
     max_norm_ratio : float >= 1, optional
-        A snapshot whose norm is more than this times the latest one's is refused.
+        A snapshot whose norm is more than this times the latest one's is refused. After a `rollback` the latest one is
+        what was restored: adapters that have grown beyond that since are refused until they are written back, or this
+        is set anew.
     name : str
         What versions are called on disk: letters, digits, ``.``, ``_`` and ``-``, at most 100.
     ema : bool
         Publish the trainer's average of the weights (``ema_decay`` in its config) instead of the weights.
     metrics : optional
-        Told of each version (``published(name, version)``) and each refusal (``refused(name)``).
+        Told of each version (``published(name, version)``), before the hooks, and each refusal (``refused(name)``).
+        What they raise is treated as what a hook raises.
 
     Attributes
     ----------
@@ -82,8 +73,8 @@ class AdapterPublisher:
 
     Notes
     -----
-    Any number of threads may publish; they take turns. A forked child may go on publishing on its own, with versions
-    that count on from those at the fork.
+    Any number of threads may publish; they take turns, each with its hooks. A forked child may go on publishing on its
+    own, with versions that count on from those at the fork.
     """
 
     def __init__(
@@ -106,13 +97,13 @@ class AdapterPublisher:
         self._keep = checks.integer("keep", keep, 1)
         self.max_norm_ratio = max_norm_ratio
         self.name = check_name(name)
-        self._adapters, self._trainer, self._ema, self._metrics = adapters, trainer, bool(ema), metrics
+        self._adapters, self._trainer, self._ema = adapters, trainer, bool(ema)
         self._lending = Lending(adapters.flat.vector.size)
         self._kept: dict[int, AdapterSnapshot] = {}  # never changed, only replaced: readers look without a lock
         self._last_version = 0
         self._counts = dict.fromkeys(("published", "refused", "rolled_back"), 0)
-        self._announcing = Announcing()
-        self._locks: dict[int, threading.RLock] = {}  # by process: after a fork, who held one may not exist any more
+        self._announcing = Announcing(self.name, metrics)
+        self._turns = Turns()
         self.latest: AdapterSnapshot | None = None
         self._between_steps(lambda _: None, 10.0)
 
@@ -124,24 +115,29 @@ class AdapterPublisher:
         Parameters
         ----------
         timeout : float >= 0, seconds
-            How long to wait for a step under way in another thread. A step that another thread tries during the copy
-            waits for its end; one that was just about to begin is refused as busy and changes nothing.
+            How long to wait for other threads that publish, or are in a hook, and then for a step under way, together.
+            A step that another thread tries during the copy waits for its end; one that was just about to begin is
+            refused as busy and changes nothing.
 
         Raises
         ------
         PublishError
             If a parameter is not finite or the norm jumped. The latest version stays.
         TrainerBusyError
-            If the trainer was busy all the time. The latest version stays.
+            If the trainer or another thread that publishes was busy all the time. The latest version stays.
         StateError
-            If a hook called this, or the process was forked during a step.
+            If a hook, metrics or a signal handler called this while this thread was publishing, or the process was
+            forked during a step.
         """
-        timeout = checks.real("timeout", timeout, ">= 0", lambda x: x >= 0, InputError)
-        with self._turn():
-            snapshot = self._taken(timeout, self._last_version + 1)
+        deadline = _deadline(timeout)
+
+        def publish() -> AdapterSnapshot:
+            snapshot = self._taken(deadline, self._last_version + 1)
             self._swap_in(snapshot)
-            self._announcing.announce(self.name, snapshot, None)
-        return snapshot
+            self._announcing.announce(snapshot, None)
+            return snapshot
+
+        return self._in_turn(publish, deadline)
 
     def publish_to(
         self,
@@ -157,7 +153,8 @@ class AdapterPublisher:
         """Publish as `publish` does, and to disk: ``directory/<name>@v<version>-<hash>``, to which ``latest`` points.
 
         The files are in place before the version is the latest in memory and the hooks are told of it. On an error it
-        is neither. A new process counts on from the versions that are in the directory.
+        is neither; only if the sync of ``latest`` fails may that point to it all the same, until the next version.
+        A new process counts on from the versions that are in the directory.
 
         Parameters
         ----------
@@ -172,8 +169,9 @@ class AdapterPublisher:
             Of the base model, as for `cylora.formats.save_gguf`; with "gguf" alone.
         keep : int >= 1, optional
             Remove all versions but the ``keep`` published last: keep more than are published while a server loads one.
+            What cannot be removed is a warning to the logger ``cylora``.
         timeout : float >= 0, seconds
-            As for `publish`.
+            As for `publish`. It does not bound the writing, for which publishers of other processes take turns, too.
 
         Returns
         -------
@@ -189,11 +187,12 @@ class AdapterPublisher:
         OSError
             If it cannot be written.
         """
-        timeout = checks.real("timeout", timeout, ">= 0", lambda x: x >= 0, InputError)
-        with self._turn():
+        deadline = _deadline(timeout)
+
+        def publish() -> Path:
             if version is None:
                 on_disk = last_version(directory, self.name)
-                snapshot = self._taken(timeout, max(self._last_version, on_disk) + 1)
+                snapshot = self._taken(deadline, max(self._last_version, on_disk) + 1)
             else:
                 snapshot = self.get(version)
             files = version_files(snapshot, format, dtype, base_config)
@@ -202,27 +201,33 @@ class AdapterPublisher:
             path = publish_directory(directory, self.name, snapshot.version, files, keep=keep)
             if version is None:
                 self._swap_in(snapshot)
-            self._announcing.announce(self.name, snapshot, path)
-        return path
+            self._announcing.announce(snapshot, path, is_new=version is None)
+            return path
+
+        return self._in_turn(publish, deadline)
 
     def rollback(self, version: int) -> AdapterSnapshot:
         """Publish the content of a kept version again, as a new version, and return that.
 
         A new number, since numbers only rise for readers and servers cache by name; `AdapterSnapshot.restored_from` has
         the old one. Nothing is copied, and the adapters that are being trained stay as they are: to train on from
-        there, write ``snapshot.vector`` into them, within ``trainer.hold``, in which no publisher may be called.
+        there, write ``snapshot.vector`` into them, within ``trainer.hold``, in which no publisher may be called. With a
+        ``max_norm_ratio`` the next version's norm is compared with that of the restored one.
 
         Raises
         ------
         InputError   If the version is not kept.
         """
-        with self._turn():
+
+        def restore() -> AdapterSnapshot:
             found = self.get(version)
             snapshot = replace(found, version=self._last_version + 1, restored_from=found.version)
             self._swap_in(snapshot)
             self._counts["rolled_back"] += 1
-            self._announcing.announce(self.name, snapshot, None)
-        return snapshot
+            self._announcing.announce(snapshot, None)
+            return snapshot
+
+        return self._in_turn(restore)
 
     # ------------------------------------------------------------------ reading
 
@@ -251,6 +256,7 @@ class AdapterPublisher:
     def counters(self) -> dict[str, int]:
         """Return how many versions were published (those of a rollback too), refused, rolled back; errors of hooks.
 
+        ``hook_errors`` counts what metrics raised, too.
         ``buffers`` is how many vectors were ever made: at full rate it stays at ``keep`` and one, and one more for each
         version that readers hold beyond those.
         """
@@ -265,31 +271,26 @@ class AdapterPublisher:
         ``cylora``), counted and kept as ``last_hook_error``: the version stands, and so do the other hooks. A hook must
         not publish.
         """
-        with self._turn():
-            self._announcing.add(hook)
+        self._in_turn(lambda: self._announcing.add(hook))
 
     def remove_hook(self, hook: Hook) -> None:
         """Call this hook no more; InputError if it was not added."""
-        with self._turn():
-            self._announcing.remove(hook)
+        self._in_turn(lambda: self._announcing.remove(hook))
 
     @property
     def last_hook_error(self) -> str | None:
-        """What hooks raised when the last version was announced; None if they raised nothing."""
+        """What metrics and hooks raised when the last version was announced; None if they raised nothing."""
         return self._announcing.last_error
 
     # ------------------------------------------------------------------ parts
 
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Let one thread change things at a time; a hook, inside its publisher's turn, is refused."""
+    def _in_turn(self, function: Callable[[], _Result], deadline: float = math.inf) -> _Result:
+        """Call ``function``, which changes things, while no other thread does."""
         if self._trainer is not None and self._trainer.is_held_here():
             raise StateError("a publisher must not be called within hold of its trainer, which publishers wait for")
-        with self._locks.setdefault(os.getpid(), threading.RLock()):
-            self._announcing.require_none()
-            yield
+        return self._turns.take(function, _left(deadline))
 
-    def _taken(self, timeout: float, version: int) -> AdapterSnapshot:
+    def _taken(self, deadline: float, version: int) -> AdapterSnapshot:
         """Return a copy of the adapters that may be published."""
         memory = self._lending.take()
 
@@ -299,7 +300,7 @@ class AdapterPublisher:
             return None if state is None else state.history.total_steps
 
         try:
-            step = self._between_steps(copy, timeout)
+            step = self._between_steps(copy, _left(deadline))
             norm = grad_norm([memory])
             self._check(memory, norm)
         except BaseException:
@@ -327,8 +328,7 @@ class AdapterPublisher:
 
     def _refuse(self, message: str) -> NoReturn:
         self._counts["refused"] += 1
-        if self._metrics is not None:
-            self._metrics.refused(self.name)
+        self._announcing.refuse()
         raise PublishError(message)
 
     def _swap_in(self, snapshot: AdapterSnapshot) -> None:
@@ -338,8 +338,16 @@ class AdapterPublisher:
         self.latest = snapshot
         self._kept = dict(list(kept.items())[-self._keep :])
         self._counts["published"] += 1
-        if self._metrics is not None:
-            self._metrics.published(self.name, snapshot.version)
 
     def __reduce__(self) -> Any:
         raise TypeError("an AdapterPublisher is not copied or pickled: its readers are in this process")
+
+
+def _deadline(timeout: float) -> float:
+    """Return when a wait that begins now has to end."""
+    return time.monotonic() + checks.real("timeout", timeout, ">= 0", lambda x: x >= 0, InputError)
+
+
+def _left(deadline: float) -> float:
+    """Return the seconds until then."""
+    return max(0.0, deadline - time.monotonic())
