@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_fork import in_child
+from test_hold import until
 from test_serving_publish_to import make_model
 from training import same_bits
 
@@ -213,6 +215,69 @@ def test_one_hook_serves_several_publishers(vllm: Vllm, tmp_path: Path) -> None:
             changed(publisher).publish_to(tmp_path)
             assert publisher.last_hook_error is None
     assert sorted(name[: len("tenant-0@v2")] for name in vllm.loaded) == ["tenant-0@v2", "tenant-1@v2"]
+
+
+def test_threads_that_publish_under_one_name_leave_the_last_versions_and_no_error(vllm: Vllm, tmp_path: Path) -> None:
+    hook = vllm_hook(vllm.url, keep=2)
+    publishers = [AdapterPublisher(make_model(seed), name="tenant") for seed in range(4)]
+
+    def work(publisher: AdapterPublisher, root: Path) -> None:
+        root.mkdir()
+        for _ in range(10):
+            changed(publisher).publish_to(root)
+
+    threads = []
+    for number, publisher in enumerate(publishers):
+        publisher.add_hook(hook)
+        threads.append(threading.Thread(target=work, args=(publisher, tmp_path / str(number))))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [publisher.counters()["hook_errors"] for publisher in publishers] == [0] * 4
+    told = [(where.partition("/v1/")[2].partition("_")[0], body["lora_name"]) for where, body in vllm.requests]
+    loads = [name for action, name in told if action == "load"]
+    assert len(set(loads)) == len(loads) == 40
+    assert [name for action, name in told if action == "unload"] == loads[:-2]  # each once, oldest first
+    assert list(vllm.loaded) == loads[-2:]
+
+
+def test_threads_that_publish_under_different_names_do_not_wait_for_one_another(vllm: Vllm, tmp_path: Path) -> None:
+    hook = vllm_hook(vllm.url, keep=1, timeout=60)
+    vllm.answers = ["hang"]
+    slow, quick = (AdapterPublisher(make_model(), name=name) for name in ("slow", "quick"))
+    for publisher in (slow, quick):
+        publisher.add_hook(hook)
+    waiting = threading.Thread(target=slow.publish_to, args=(tmp_path,))
+    waiting.start()
+    until(lambda: vllm.requests)
+    path = quick.publish_to(tmp_path)
+    assert vllm.loaded == {path.name: path}
+    vllm.go_on.set()
+    waiting.join(60)
+    assert quick.last_hook_error is None
+    assert "RemoteDisconnected" in slow.last_hook_error
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_tells_the_server_though_another_thread_was_telling_it(vllm: Vllm, tmp_path: Path) -> None:
+    publisher = AdapterPublisher(make_model(), name="tenant")
+    publisher.add_hook(vllm_hook(vllm.url, timeout=60))
+    vllm.answers = ["hang"]
+    waiting = threading.Thread(target=publisher.publish_to, args=(tmp_path,))
+    waiting.start()
+    until(lambda: vllm.requests)
+
+    def child() -> None:
+        publisher.publish_to(tmp_path)
+        assert publisher.last_hook_error is None
+
+    try:
+        assert in_child(child) == 0
+    finally:
+        vllm.go_on.set()
+        waiting.join(60)
+    assert [name.partition("-")[0] for name in vllm.loaded] == ["tenant@v2"]
 
 
 # ------------------------------------------------------------------ what goes wrong: the version stands

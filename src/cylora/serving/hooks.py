@@ -6,7 +6,9 @@ redirection and reading no proxy from the environment. http.client does that; ur
 
 import http.client
 import json
+import os
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,9 +59,10 @@ def vllm_hook(
     Returns
     -------
     callable
-        For `AdapterPublisher.add_hook`; one hook may serve several publishers. It raises PublishError where the server
-        cannot be reached or does not answer 200, with the server's reason. A version that it has already, or one to be
-        unloaded that it has no more, is no error.
+        For `AdapterPublisher.add_hook`; one hook may serve several publishers, in any threads. Those of the same name
+        take turns, so that none unloads what another is loading. It raises PublishError where the server cannot be
+        reached or does not answer 200, with the server's reason. A version that it has already, or one to be unloaded
+        that it has no more, is no error.
 
     Raises
     ------
@@ -90,7 +93,10 @@ class _VllmHook:
         self._in_place = in_place
         self._timeout = checks.real("timeout", timeout, "> 0", lambda x: 0 < x < 1e6)
         self._headers = {"Content-Type": "application/json"} | dict(headers or {})
-        self._loaded: dict[str, list[str]] = {}  # by publisher: what was loaded, oldest first
+        self._loaded: dict[str, list[str]] = {}  # by publisher's name: what was loaded, oldest first
+        # By process and publisher's name: after a fork, who held one may not exist any more. Re-entrant: a signal
+        # handler may publish.
+        self._turns: dict[tuple[int, str], threading.RLock] = {}
 
     def __repr__(self) -> str:
         return f"vllm_hook({self._url!r})"
@@ -98,8 +104,11 @@ class _VllmHook:
     def __call__(self, snapshot: AdapterSnapshot, path: Path | None) -> None:
         if path is None:
             return
-        full, name = path.name, path.name.rpartition("@")[0]
-        folder = str(path.absolute())
+        name = path.name.rpartition("@")[0]
+        with self._turns.setdefault((os.getpid(), name), threading.RLock()):
+            self._tell(name, path.name, str(path.absolute()))
+
+    def _tell(self, name: str, full: str, folder: str) -> None:
         if self._in_place:
             self._post("load_lora_adapter", {"lora_name": name, "lora_path": folder, "load_inplace": True})
             return
