@@ -107,6 +107,34 @@ def test_tenant_that_corrects_is_read_better_and_another_stays_to_the_bit(server
     assert after["content_hash"] != before["content_hash"]
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:8000", "localhost:8000", "localhost", "", "//localhost", "http://", "http://:8000", "https://localhost",
+        "http://localhost:port", "http://localhost:99999", "http://[::1", "http://localhost/path", "http://localhost?query",
+        "http://user:word@localhost", "http://local host",
+    ],
+)  # fmt: skip
+def test_client_says_what_a_url_must_be(example, capsys, url):
+    rule = f"url must be http://host[:port], got {url!r}"
+    with pytest.raises(ValueError, match=re.escape(rule)):
+        example["client"].Client(url)
+    with pytest.raises(SystemExit):
+        example["client"].main([url])
+    assert capsys.readouterr().err.endswith(f"error: {rule}\n")
+
+
+def test_client_takes_any_host_and_port(example):
+    for url, address in {
+        "http://host": ("host", 80),
+        "http://host:8000/": ("host", 8000),
+        "HTTP://Host:1": ("host", 1),
+        "http://[::1]:8000": ("::1", 8000),
+    }.items():
+        connection = example["client"].Client(url)._connection  # connects with the first request
+        assert (connection.host, connection.port) == address
+
+
 def test_learning_through_the_server_gives_the_bits_of_learning_without_it(client, example, digits):
     client.create("twin")
     twin = Twin(example, "twin")

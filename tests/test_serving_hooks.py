@@ -4,6 +4,7 @@ import http.server
 import json
 import re
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -269,6 +270,7 @@ def test_a_forked_child_tells_the_server_though_another_thread_was_telling_it(vl
     until(lambda: vllm.requests)
 
     def child() -> None:
+        sys.settrace(None)  # coverage has a lock of its own, which another thread may have held at the fork
         publisher.publish_to(tmp_path)
         assert publisher.last_hook_error is None
 

@@ -7,6 +7,7 @@ answer it posts what was really written. The second is content and posts nothing
 import argparse
 import http.client
 import json
+import re
 import time
 import urllib.parse
 from importlib import resources
@@ -19,6 +20,7 @@ from cylora.tasks.digits import parse_digits
 
 __all__ = ["Client", "digits", "main"]
 
+URL = re.compile(r"http://[^\s/?#@]+/?", re.ASCII | re.IGNORECASE)
 BATCH = 16  # images in a request, at most
 ROUNDS, POSTS = 5, 40
 
@@ -27,8 +29,7 @@ class Client:
     """One connection to the server, kept open. Not for several threads at a time."""
 
     def __init__(self, url: str) -> None:
-        place = urllib.parse.urlsplit(url)
-        self._connection = http.client.HTTPConnection(place.hostname or "127.0.0.1", place.port, timeout=60)
+        self._connection = http.client.HTTPConnection(*_address(url), timeout=60)
 
     def request(self, method: str, path: str, body: Any = None) -> tuple[int, dict[str, str], Any]:
         """Send ``body`` (a dict as JSON, all else as it is) and return status, headers and what was answered."""
@@ -87,6 +88,17 @@ class Client:
         return answer
 
 
+def _address(url: str) -> tuple[str, int]:
+    """Return host and port, or raise ValueError."""
+    try:
+        place = urllib.parse.urlsplit(url if URL.fullmatch(url) else "")
+        if place.hostname:
+            return place.hostname, place.port or http.client.HTTP_PORT
+    except ValueError:  # a port that is no number, a bracket that does not close
+        pass
+    raise ValueError(f"url must be http://host[:port], got {url!r}")
+
+
 def digits() -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
     """Return 1,797 digits as (n, 64) upright and turned by a quarter, and what they are."""
     text = resources.files("cylora.tasks").joinpath("data", "digits.txt").read_text(encoding="ascii")
@@ -100,11 +112,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("url", nargs="?", default="http://127.0.0.1:8000", metavar="URL")
     options = parser.parse_args(argv)
+    try:
+        client = Client(options.url)
+    except ValueError as error:
+        parser.error(str(error))
     upright, turned, labels = digits()
     rng = np.random.default_rng(0)
     order = rng.permutation(len(labels))
     tested, taught = order[:160], order[160:]  # the accuracies are on images that nobody taught the server
-    with Client(options.url) as client:
+    with client:
         client.create("turning")
         client.create("content")
         print("feedbacks   turning   content")
