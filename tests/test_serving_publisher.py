@@ -29,6 +29,7 @@ from cylora import (
     TrainerBusyError,
 )
 from cylora.serving import AdapterPublisher, AdapterSnapshot
+from cylora.serving.announcing import Hook
 
 
 def trained(steps: int = 3, **config: Any) -> tuple[LoraTrainer, AdapterSet]:
@@ -661,7 +662,7 @@ def test_threads_that_publish_take_turns() -> None:
 
 
 @contextmanager
-def published_without_end(publisher: AdapterPublisher) -> Iterator[None]:
+def published_without_end(publisher: AdapterPublisher) -> Iterator[Hook]:
     """Have another thread publish meanwhile, with a hook that does not return before the end."""
     inside, go_on = Waits(), Waits()
 
@@ -674,7 +675,7 @@ def published_without_end(publisher: AdapterPublisher) -> Iterator[None]:
     publishing.start()
     try:
         inside.wait()
-        yield
+        yield slow
     finally:
         go_on.set()
         publishing.join(60)
@@ -775,24 +776,13 @@ def test_an_interrupt_at_any_moment_leaves_the_turn_free_though_its_traceback_is
 
 
 def test_a_reader_does_not_wait_for_a_publisher_that_is_busy() -> None:
-    inside, go_on = Waits(), Waits()
     publisher = AdapterPublisher(make_set())
     first = publisher.publish()
-
-    def slow(snapshot: AdapterSnapshot, path: Path | None) -> None:
-        inside.set()
-        go_on.wait()
-
-    publisher.add_hook(slow)
-    publishing = threading.Thread(target=publisher.publish)
-    publishing.start()
-    inside.wait()
-    assert publisher.latest.version == 2
-    assert publisher.versions == (1, 2)
-    assert publisher.get(1) is first
-    assert publisher.counters()["published"] == 2
-    go_on.set()
-    publishing.join(60)
+    with published_without_end(publisher):
+        assert publisher.latest.version == 2
+        assert publisher.versions == (1, 2)
+        assert publisher.get(1) is first
+        assert publisher.counters()["published"] == 2
 
 
 def test_a_publisher_is_not_pickled() -> None:
@@ -805,34 +795,21 @@ def test_a_publisher_is_not_pickled() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_child_serves_and_publishes_though_another_thread_held_the_turn() -> None:
-    inside, go_on = Waits(), Waits()
     trainer, adapters = trained()
     publisher = AdapterPublisher(adapters, trainer)
     publisher.publish()
 
-    def slow(snapshot: AdapterSnapshot, path: Path | None) -> None:
-        if snapshot.version == 2:
-            inside.set()
-            go_on.wait()
-
-    publisher.add_hook(slow)
-    publishing = threading.Thread(target=publisher.publish)
-    publishing.start()
-    inside.wait()
-
     def child() -> None:
         assert publisher.latest.version == 2
+        publisher.remove_hook(slow)
         assert same_bits(publisher.latest.vector, adapters.flat.vector)
         trainer.step(1.0, adapters, fill(Gradients(adapters), 3))
         snapshot = publisher.publish()
         assert (snapshot.version, snapshot.step) == (3, 4)
         assert publisher.rollback(2).version == 4
 
-    try:
+    with published_without_end(publisher) as slow:
         assert in_child(child) == 0
-    finally:
-        go_on.set()
-        publishing.join(60)
     assert publisher.latest.version == 2  # the child's are its own
     assert publisher.publish().version == 3
 
