@@ -212,7 +212,8 @@ class AdapterPublisher:
         A new number, since numbers only rise for readers and servers cache by name; `AdapterSnapshot.restored_from` has
         the old one. Nothing is copied, and the adapters that are being trained stay as they are: to train on from
         there, write ``snapshot.vector`` into them, within ``trainer.hold``, in which no publisher may be called. With a
-        ``max_norm_ratio`` the next version's norm is compared with that of the restored one.
+        ``max_norm_ratio`` the next version's norm is compared with that of the restored one. It waits for other threads
+        that publish as long as they take, and for no step.
 
         Raises
         ------

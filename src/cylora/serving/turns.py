@@ -1,8 +1,8 @@
 """Turns: one call at a time, of all threads of a process.
 
-(a) The lock is given back by a plain ``with`` alone: the interpreter looks for an interrupt neither between taking the
-    lock and the beginning of the block, nor between its end and giving the lock back. A context manager of Python code
-    has such moments, and keeps the lock for as long as anybody keeps the exception with its traceback.
+(a) The lock is given back by a plain ``with`` alone: CPython looks for an interrupt neither between taking the lock and
+    the beginning of the block, nor between its end and giving the lock back. A context manager of Python code has such
+    moments, and keeps the lock for as long as anybody keeps the exception with its traceback.
 (b) A ``with`` waits for ever. So the bounded wait comes before it, and the ``with`` takes the lock, which is
     re-entrant, once more; the first time is given back inside.
 """
