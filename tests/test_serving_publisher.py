@@ -3,16 +3,16 @@
 import gc
 import logging
 import pickle
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from interrupts import interrupted
 from test_durable import names
 from test_fork import in_child
 from test_hold import until
@@ -740,27 +740,6 @@ def test_waiting_for_the_turn_and_for_a_step_take_one_timeout_together(monkeypat
 
 
 def test_an_interrupt_at_any_moment_leaves_the_turn_free_though_its_traceback_is_kept() -> None:
-    """At each moment at which the interpreter looks for one: when a function begins, and after one of C's."""
-
-    def interrupted(call: Callable[[], object], when: int) -> BaseException | None:
-        left = [when]
-
-        def profile(frame: FrameType, event: str, argument: object) -> None:
-            if event in ("call", "c_return"):
-                left[0] -= 1
-                if left[0] == 0:
-                    raise KeyboardInterrupt
-
-        before = sys.getprofile()
-        sys.setprofile(profile)
-        try:
-            call()
-        except KeyboardInterrupt as error:
-            return error
-        finally:
-            sys.setprofile(before)
-        return None
-
     publisher = AdapterPublisher(make_set())
     publisher.publish()
     for call in (publisher.publish, lambda: publisher.rollback(publisher.latest.version)):

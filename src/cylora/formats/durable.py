@@ -138,24 +138,28 @@ def publish_directory(
     _check_names(files)
     folder = Path(root)
     is_published = False
+
+    def put_in_place(temporary: str, final: str, parent: int) -> None:
+        nonlocal is_published
+        taken = [found for found, number in _versions(name, parent) if number == version]
+        if not taken:
+            _rename_new(temporary, final, parent, str(folder / final))
+        elif taken != [final]:
+            raise InputError(f"{name} must have one content as version {version}, got {folder / taken[0]}")
+        os.utime(final, dir_fd=parent)  # so that _prune knows the order, whatever the versions are
+        os.fsync(parent)  # the directory before the link to it
+        _point(LATEST, final, parent)
+        os.fsync(parent)
+        is_published = True
+        if keep is not None:
+            _prune(name, keep, parent)
+        if taken:
+            _remove_directory(temporary, parent)
+
     try:
         with _opened(folder) as parent, _temporary(name, parent, _remove_directory) as temporary:
             final = f"{name}@v{version}-{_fill_directory(temporary, files, parent)[:8]}"
-            with _locked(parent):
-                taken = [found for found, number in _versions(name, parent) if number == version]
-                if not taken:
-                    _rename_new(temporary, final, parent, str(folder / final))
-                elif taken != [final]:
-                    raise InputError(f"{name} must have one content as version {version}, got {folder / taken[0]}")
-                os.utime(final, dir_fd=parent)  # so that _prune knows the order, whatever the versions are
-                os.fsync(parent)  # the directory before the link to it
-                _point(LATEST, final, parent)
-                os.fsync(parent)
-                is_published = True
-                if keep is not None:
-                    _prune(name, keep, parent)
-            if taken:
-                _remove_directory(temporary, parent)
+            _alone(parent, lambda: put_in_place(temporary, final, parent))
     except OSError as error:
         if not is_published:
             raise
@@ -228,19 +232,24 @@ def _opened(directory: str | Path, parent: int | None = None) -> Iterator[int]:
             os.close(descriptor)
 
 
-@contextlib.contextmanager
-def _locked(parent: int) -> Iterator[None]:
+def _alone(parent: int, function: Callable[[], object]) -> None:
+    """Call ``function`` while no other publisher of this directory does.
+
+    With no context manager of Python code: one that is interrupted at the wrong moment unlocks only when nobody keeps
+    the exception any more, and then by a descriptor that may be another file's.
+    """
+    is_locked = False
     try:
-        fcntl.flock(parent, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        yield  # some network file systems have no locks: one publisher at a time is then its callers' affair
-        return
-    try:
-        yield
+        try:
+            fcntl.flock(parent, fcntl.LOCK_EX)
+            is_locked = True
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise  # some network file systems have no locks: one publisher at a time is then its callers' affair
+        function()
     finally:  # not left to the close: a child forked meanwhile has the descriptor too and would keep the lock
-        fcntl.flock(parent, fcntl.LOCK_UN)
+        if is_locked:
+            fcntl.flock(parent, fcntl.LOCK_UN)
 
 
 @contextlib.contextmanager
