@@ -17,7 +17,8 @@ X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 # The loops are written once and specialised by inlining with constant arguments: that must not be left to a size limit.
 INLINE = ["-DCYTHON_INLINE=inline __attribute__((always_inline))"]
 VARIANTS = [("_baseline", INLINE)] + ([("_x86_64_v3", [*INLINE, "-march=x86-64-v3"])] if X86_64 else [])
-MODULES = ["_cpu", "dispatch", "dlpack", "buffers", "arrays", "threads", "task", "kept", "adam", "many", "tensors"]
+STEPS = ["task", "kept", "adam", "many", "owned", "tensors"]
+MODULES = ["_cpu", "dispatch", "dlpack", "buffers", "arrays", "threads", *STEPS]
 
 DEBUG = os.environ.get("CYLORA_DEBUG") == "1"
 BUILD = "build/debug" if DEBUG else "build"  # apart, because neither Cython nor setuptools would see that they differ

@@ -68,3 +68,8 @@ def print_of(store: AdapterStore, tenant: str) -> str:
 def gradients(tenant: str, step: int) -> tuple[Any, ...]:
     """Return a loss and a pair of gradients."""
     return (1.0 + step, *make_pair(1000 * step + number(tenant)))
+
+
+def by_use(store: AdapterStore) -> list[str]:
+    """Return the names of the tenants in memory, the least recently used first."""
+    return [tenant.name for tenant in store._memory._by_use()]

@@ -44,6 +44,7 @@ def test_an_override_wants_a_weight_decay_for_each_part() -> None:
     history = (np.zeros((4, 3)), np.zeros(4, np.uint8), np.zeros(3), np.zeros(1, np.int64))
 
     class History:
+        limit = 4
         buffers = staticmethod(lambda: history)
         make_room = staticmethod(lambda known: False)
 

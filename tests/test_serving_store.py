@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stores import CONFIG, Twin, gradients, make_store, new_adapters, print_of, size_of
+from stores import CONFIG, Twin, by_use, gradients, make_store, new_adapters, print_of, size_of
 from training import fill, make_adapter, make_pair, make_set, same_bits
 
 from cylora import (
@@ -178,14 +178,10 @@ def test_least_recently_used_tenant_leaves_first(tmp_path: Path) -> None:
         with store.use("b"):
             pass
         store.create("d")
-        assert _in_memory(store) == ["a", "b", "d"]
+        assert by_use(store) == ["a", "b", "d"]
         store.step("c", 1.0, *make_pair())
-        assert _in_memory(store) == ["b", "d", "c"]
+        assert by_use(store) == ["b", "d", "c"]
         assert store.counters() == {"tenants": 4, "resident": 3, "spilled": 2, "restored": 1, "failed_writes": 0}
-
-
-def _in_memory(store: AdapterStore) -> list[str]:
-    return list(store._memory.resident)
 
 
 def test_what_is_counted_is_what_the_config_asks_for(tmp_path: Path) -> None:
@@ -579,7 +575,7 @@ def test_published_snapshot_stays_while_its_tenant_goes_on_and_to_disk(tmp_path:
         assert store.resident_bytes == before + published_bytes(layout)
         store.create("more")
         store.step("Bob", 1.0, *make_pair())
-        assert "ann" not in _in_memory(store) or store.counters()["spilled"] > 0
+        assert "ann" not in by_use(store) or store.counters()["spilled"] > 0
         for tenant in TENANTS[1:]:
             store.step(tenant, 1.0, *make_pair())
         assert store.latest("ann") is second
@@ -594,10 +590,10 @@ def test_snapshots_of_tenants_on_disk_take_at_most_a_quarter(tmp_path: Path) -> 
             store.create(name)
             store.publish(name)
             assert store.resident_bytes <= 5 * size_of()
-        spared = [name for name in names if store.latest(name) is not None and name not in _in_memory(store)]
+        spared = [name for name in names if store.latest(name) is not None and name not in by_use(store)]
         most = int(5 * size_of() / 4 / published_bytes(make_adapter().flat.layout))
         assert len(spared) == most
-        assert spared == [name for name in names if name not in _in_memory(store)][-most:]
+        assert spared == [name for name in names if name not in by_use(store)][-most:]
         assert store.latest(names[0]) is None
         again = store.publish(names[0])
         assert again.version == 2
@@ -626,11 +622,11 @@ def test_tenant_that_comes_back_has_its_snapshot_still(tmp_path: Path) -> None:
         snapshot = store.publish("a")
         for tenant in "bcdef":
             store.create(tenant)
-        assert "a" not in _in_memory(store)
+        assert "a" not in by_use(store)
         store.step("a", 1.0, *make_pair())
         assert store.latest("a") is snapshot
         assert store._memory._spared_bytes == 0
-        assert store.resident_bytes == len(_in_memory(store)) * size_of() + published
+        assert store.resident_bytes == len(by_use(store)) * size_of() + published
 
 
 @pytest.mark.parametrize("trouble", ["not finite", "a jump"])

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stores import Twin, gradients, make_store, print_of, size_of
+from stores import Twin, by_use, gradients, make_store, print_of, size_of
 from test_fork import in_child
 from test_serving_store_threads import in_thread
 from training import make_pair
@@ -99,7 +99,7 @@ def test_tenant_that_needs_no_writing_leaves_instead(tmp_path: Path, monkeypatch
         with failing(monkeypatch, "fsync"):
             _stepped(store, "a", twins, 0)
         assert store.counters()["failed_writes"] == 1
-        assert list(store._memory.resident) == ["b", "a"]
+        assert by_use(store) == ["b", "a"]
         assert _whole(store, "abc", twins)
 
 
@@ -114,7 +114,7 @@ def test_tenant_with_weights_no_file_may_have_stays_and_others_leave(tmp_path: P
         with store.use("b"):
             pass
         store.create("c")
-        assert list(store._memory.resident) == ["a", "c"]
+        assert by_use(store) == ["a", "c"]
         with pytest.raises(
             StoreError, match=r"1 of 2 tenants could not be written and stay in memory, the first 'a': A m"
         ):
@@ -196,7 +196,7 @@ def test_interrupt_while_a_tenant_is_read_or_written_leaves_all_as_it_was(
                 with pytest.raises(KeyboardInterrupt):
                     store.step("a", *gradients("a", 0))
             assert store.resident_bytes == size_of() * len(store._memory.resident)
-            assert all(tenant.owner is None for tenant in store._memory.tenants.values())
+            assert all(tenant.owner == 0 for tenant in store._memory.tenants.values())
             store.step_many([(tenant, *gradients(tenant, 9)) for tenant in "bc"])
             for tenant in "bc":
                 twins[tenant].step(*gradients(tenant, 9))
@@ -533,7 +533,7 @@ with tempfile.TemporaryDirectory() as folder, make_store(folder + "/s") as store
         memory = store._memory
         assert not memory.lock.locked()
         for tenant in memory.tenants.values():
-            assert (tenant.owner, tenant.depth) == (None, 0), tenant.name
+            assert (tenant.owner, tenant.depth) == (0, 0), tenant.name
         counted = sum(one.n_bytes + snapshot_bytes(one.snapshot) for one in memory.tenants.values())
         assert memory.bytes == counted
     signal.setitimer(signal.ITIMER_REAL, 0)

@@ -4,6 +4,7 @@
 """
 
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,7 +23,7 @@ from cylora import (
     step_many,
 )
 from cylora.kernels.threads import configure, started
-from cylora.serving import AdapterPublisher
+from cylora.serving import AdapterPublisher, AdapterStore
 
 
 def make(size: int = 2048, **config: Any) -> tuple[LoraTrainer, AdapterSet, Gradients]:
@@ -92,6 +93,26 @@ def many(rounds: int) -> str:
 
     together(steps, steps)
     return f"{shared[0].total_steps()} steps of the shared one"
+
+
+def tenants(rounds: int) -> str:
+    """Rounds of two stores in two Python threads: compact state, where a step asks for the memory of the next one."""
+
+    def steps() -> None:
+        config = LoraTrainingConfig(warmup_steps=0, log_every=0, state_dtype="bfloat16")
+        with tempfile.TemporaryDirectory() as folder:
+            store = AdapterStore(lambda _: make(64)[1], config, folder=folder, memory_budget=2**30, threads=3)
+            _, _, gradients = make(64)
+            for number in range(150):
+                store.create(str(number))
+            for _ in range(rounds):
+                for result in store.step_many([(name, 1.0, gradients.vector) for name in store.tenants()]):
+                    if isinstance(result, Exception):
+                        raise result
+            store.close()
+
+    together(steps, steps)
+    return f"{started()} helpers"
 
 
 def one_trainer(rounds: int) -> str:
@@ -173,7 +194,7 @@ def race(rounds: int) -> str:
     return "a race"
 
 
-WORKS = {work.__name__: work for work in (pool, parallel, many, one_trainer, publish, race)}
+WORKS = {work.__name__: work for work in (pool, parallel, many, tenants, one_trainer, publish, race)}
 
 if __name__ == "__main__":
     configure("always")

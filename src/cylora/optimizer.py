@@ -13,13 +13,16 @@ from cylora.errors import InputError, NonFiniteGradientError, StateError
 from cylora.flat import FlatBuffer, FloatArray, Layout, aligned_zeros, locate
 from cylora.good_state import GoodState
 from cylora.kernels import (
+    Owned,
     PreparedAdam,
     PreparedTensors,
+    Round,
     check_gradient,
     clip,
     isa,
     joined,
     norm,
+    release,
     step_many,
     variants,
 )
@@ -31,7 +34,9 @@ __all__ = [
     "MAX_GRADIENT",
     "Adam",
     "AdamState",
+    "Owned",
     "PreparedTensors",
+    "Round",
     "check_gradient",
     "check_rate",
     "clip_grad_norm_",
@@ -39,6 +44,7 @@ __all__ = [
     "isa",
     "joined",
     "norm_limit",
+    "release",
     "step_many",
     "variants",
 ]

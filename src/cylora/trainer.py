@@ -298,6 +298,10 @@ class LoraTrainer:
     def _progress(self) -> tuple[int, int]:
         return self.total_steps(), self.accumulated
 
+    def bound_optimizer(self) -> Adam | None:
+        """Return the optimizer of the adapters this trainer has for good, or None. One that was replaced refuses."""
+        return None if self._bound is None else self._adam
+
     @property
     def _bound(self) -> LoraAdapter | AdapterSet | None:
         """The adapters for good; None also where every step of the first ones was refused."""

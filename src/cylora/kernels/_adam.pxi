@@ -334,6 +334,8 @@ cdef api void update_blocks(const AdamStep* step, Py_ssize_t first, Py_ssize_t l
     cdef const float* g
     while start < stop:
         n = stop - start if step.moments.kind == FLOAT32 else min(stop - start, CHUNK)
+        if step.next != NULL:
+            fetch_next(step.next, start, n)
         g = window(&step.gradient, start, &n, room, CHUNK)
         while n > 0:
             live = 0

@@ -64,6 +64,7 @@ cdef struct AdamStep:       # one step over one flat vector
     const uint32_t* noise   # (CHUNK,), of noise_key: needed by compact moments only
     Py_ssize_t first_chunk  # where this vector's chunks begin in the sequence that the noise is a function of
     double* block_sums      # (ceil(n / BLOCK),): written by square_blocks
+    const AdamStep* next    # whose memory is asked for while this step is done, or NULL
     float* average          # (n,): exponential moving average of the parameters, or NULL
 
 cdef struct Loops:          # one instruction set's loops

@@ -37,6 +37,7 @@ cdef class PreparedAdam:
     cdef object report
     cdef int64_t report_every
     cdef Py_ssize_t capacity
+    cdef Py_ssize_t limit           # of the history, or -1: rows that are as many are never replaced by others
     cdef double* rows               # (capacity, 3): loss, learning rate, norm
     cdef uint8_t* flags             # (capacity,): skipped
     cdef double* sums               # (3,): losses, skipped steps, first loss
@@ -61,10 +62,14 @@ cdef class PreparedAdam:
     cdef int enter(self) except -1
     cdef void leave(self) noexcept
     cdef int begin(self, object loss, object grad_a, object grad_b, bint accumulated) except -1
+    cdef bint begin_quickly(self, object loss, object grad_a, object grad_b) except -1
+    cdef void fetch_object(self) noexcept
+    cdef void fetch_records(self) noexcept
     cdef bint is_recordable(self) noexcept
     cdef object commit(self)
     cdef object refused(self)
     cdef int announce(self, object record) except -1
+    cdef int _make_record(self, int64_t step, double rate) except -1
     cdef void _begin_here(self) noexcept
     cdef int _prepare(self, object loss, object grad_a, object grad_b, bint accumulated) except -1
     cdef double _override(self, tuple overrides, int64_t step) except? -1.0
@@ -76,6 +81,7 @@ cdef class PreparedAdam:
     cdef int _lay_parts(self, object parts, AdamRule rule, int64_t t) except -1
     cdef int _lend_moments(
         self, int kind, uint8_t[::1] m, uint8_t[::1] v, uint8_t[::1] m_exponents, uint8_t[::1] v_exponents) except -1
+    cdef bint _borrow_quickly(self, object grad_a, object grad_b) noexcept
     cdef int _borrow(self, object grad_a, object grad_b) except -1
     cdef void _hand_out(self) noexcept
     cdef void _keep_apart(self, const void* start, Py_ssize_t size) noexcept

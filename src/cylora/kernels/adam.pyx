@@ -13,12 +13,12 @@ from cpython.object cimport PyObject, PyTypeObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_SET_ITEM
 from libc.math cimport exp
-from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from cylora.kernels._fpenv cimport fp_enter, fp_leave
 from cylora.kernels._loops cimport BLOCK, CHUNK, EIGHT_BIT, FLOAT32, AdamRule, Moments, Piece
-from cylora.kernels.buffers cimport acquire_gradient, overlap
+from cylora.kernels.buffers cimport acquire_gradient, overlap, takes_gradient
 from cylora.kernels.dispatch cimport loops
 from cylora.kernels.kept cimport KeptState
 from cylora.kernels.task cimport Part, carry_out, lay_out, measure
@@ -29,9 +29,14 @@ cdef extern from *:
     """
     #define cylora_alloc(type, items) (type)->tp_alloc((type), (items))
     #define cylora_set_float(object, value) (((PyFloatObject *) (object))->ob_fval = (value))
+    #define cylora_fetch(memory) __builtin_prefetch((memory), 0, 3)
     """
     object allocate "cylora_alloc"(PyTypeObject* kind, Py_ssize_t items)
     void set_float "cylora_set_float"(PyObject* number, double value) noexcept
+    void fetch "cylora_fetch"(const void* memory) noexcept nogil
+
+cdef extern from "Python.h":
+    void untrack "PyObject_GC_UnTrack"(PyObject* record) noexcept
 
 
 cdef int64_t fork_count = 0
@@ -48,6 +53,7 @@ cdef enum:
     # Elements up to which the GIL stays held: at most some 5 us. Letting go and retaking it would cost 0.05 us, a tenth of
     # a step of a small adapter, and other threads could do nothing in between.
     GIL_SIZE = 8192
+    LINE = 64   # bytes that a cache holds together
 
 
 cdef class PreparedAdam:
@@ -109,7 +115,6 @@ cdef class PreparedAdam:
         if self.task.parts != &self.whole:
             free(self.task.parts)
         free(self.task.block_sums)
-        free(self.task.noise)
         free(self.own_rules)
 
     @property
@@ -135,7 +140,7 @@ cdef class PreparedAdam:
         From step ``steady_from`` on (None: never) the rate is taken to stay what it is there, and asked for no more.
 
         ``history.buffers()`` gives its live arrays; ``history.make_room(capacity)`` says whether they are now others than
-        those of that capacity.
+        those of that capacity, and is not asked any more once that is ``history.limit``.
         """
         is_tuple = isinstance(record_type, type) and issubclass(record_type, tuple)
         if not is_tuple or record_type.__itemsize__ != tuple.__itemsize__:
@@ -145,6 +150,7 @@ cdef class PreparedAdam:
             self._take(history.buffers())
         finally:
             self.leave()
+        self.limit = -1 if history.limit is None else history.limit
         self.steady_from = INT64_MAX if steady_from is None else steady_from
         self.steady_rate = 0.0 if steady_from is None else self.to_rate(schedule(steady_from))
         self.schedule, self.record_type, self.history = schedule, record_type, history
@@ -317,6 +323,50 @@ cdef class PreparedAdam:
             raise
         return 0
 
+    cdef bint begin_quickly(self, object loss, object grad_a, object grad_b) except -1:
+        """Do what `begin` does, or nothing and return False, where that would ask Python: for a rate, a number, memory,
+        an error, or later for a report. No Python code runs here, or in the step until `leave`."""
+        cdef int64_t step
+        if self.busy or self.retired or self.reporting or self.record_type is None or self.guard is not None:
+            return False
+        if self.task.parts[0].t == 0 or self.pending == NULL or self.pending[0] != 0 or not PyFloat_CheckExact(loss):
+            return False
+        step = self.count[0]
+        if step < self.steady_from or (step >= self.capacity and self.capacity != self.limit):
+            return False
+        if self.report_every > 0 and (step + 1) % self.report_every == 0:
+            return False
+        if not self._borrow_quickly(grad_a, grad_b):
+            return False
+        self.busy, self.fork_count = True, fork_count
+        self.loss, self.task.divisor = loss, 1.0
+        try:
+            self._make_record(step, self.steady_rate)
+        except BaseException:
+            self.leave()
+            raise
+        return True
+
+    cdef void fetch_object(self) noexcept:
+        """Ask early for this object's memory: of thousands of trainers none is in a cache."""
+        cdef const char* line = <const char*> <PyObject*> self
+        while line < <const char*> &self.loss:
+            fetch(line)
+            line += LINE
+
+    cdef void fetch_records(self) noexcept:
+        """Ask early for what `begin_quickly` and `commit` read and write elsewhere."""
+        cdef Py_ssize_t slot
+        if self.record_type is None:
+            return
+        fetch(self.count)
+        fetch(self.sums)
+        fetch(self.pending)
+        fetch(self.task.block_sums)
+        slot = self.task.parts[0].t % self.capacity  # the history's own count is not here yet, and this is mostly the same
+        fetch(&self.rows[3 * slot])
+        fetch(&self.flags[slot])
+
     cdef int _prepare(self, object loss, object grad_a, object grad_b, bint accumulated) except -1:
         cdef double rate, divisor = 1.0
         cdef int64_t step
@@ -338,12 +388,20 @@ cdef class PreparedAdam:
         rate = self._scheduled(step) if self.overrides is None else self._override(self.overrides, step)
         if self.guard is not None:
             self._heed_guard()
-        if step >= self.capacity and self.history.make_room(self.capacity):
+        if step >= self.capacity and self.capacity != self.limit and self.history.make_room(self.capacity):
             self._take(self.history.buffers())
         if self.count[0] != step:
             raise StateError("the history changed during the step: its schedule or loss wrote to it")
         fp_enter()  # again: a callable schedule, or a loss's __float__, may have changed the state
-        self.task.rate, self.task.divisor, self.index = rate, divisor, step
+        self.task.divisor = divisor
+        self._make_record(step, rate)
+        if self.task.parts[0].t == 0:
+            self._begin_here()
+        return 0
+
+    cdef int _make_record(self, int64_t step, double rate) except -1:
+        cdef object record
+        self.task.rate, self.index = rate, step
         # tuple.__new__(record_type, (step, loss, rate, norm, exp(loss), skipped)) at a third of the time.
         record = allocate(<PyTypeObject*> self.record_type, 6)
         _put(record, 0, step)
@@ -353,9 +411,9 @@ cdef class PreparedAdam:
         _put(record, 3, self.task.norm)
         _put(record, 4, exp(self.loss))
         _put(record, 5, False)
+        # Numbers alone are in no cycle. The collector would look through thousands of records again and again.
+        untrack(<PyObject*> record)
         self.record = record
-        if self.task.parts[0].t == 0:
-            self._begin_here()
         return 0
 
     cdef void _begin_here(self) noexcept:
@@ -538,10 +596,7 @@ cdef class PreparedAdam:
             raise ValueError("m and v must have the length of all parts of the parameters")
         if m_exponents.shape[0] != v_exponents.shape[0] or m_exponents.shape[0] != (chunks if kind == EIGHT_BIT else 0):
             raise ValueError("8-bit moments need an exponent for each chunk of 256, others none")
-        if kind != FLOAT32:
-            self.task.noise = <uint32_t*> calloc(CHUNK, sizeof(uint32_t))
-            if self.task.noise == NULL:
-                raise MemoryError()
+        self.task.needs_noise = kind != FLOAT32
         self._keep_apart(&m[0], m.shape[0])
         self._keep_apart(&v[0], v.shape[0])
         if kind == EIGHT_BIT:
@@ -552,7 +607,7 @@ cdef class PreparedAdam:
             part.step.moments = Moments(kind=kind, m=&m[offset], v=&v[offset], m_exponents=NULL, v_exponents=NULL)
             if kind == EIGHT_BIT:
                 part.step.moments.m_exponents, part.step.moments.v_exponents = &m_exponents[chunk], &v_exponents[chunk]
-            part.step.noise, part.step.first_chunk = self.task.noise, chunk
+            part.step.first_chunk = chunk
             offset += part.step.n * item
             chunk += (part.step.n + CHUNK - 1) // CHUNK
         return 0
@@ -574,6 +629,29 @@ cdef class PreparedAdam:
             self._check_apart("grad_b", &self.grads[1])
         self._hand_out()
         return 0
+
+    cdef bint _borrow_quickly(self, object grad_a, object grad_b) noexcept:
+        cdef Piece* pieces = self.gradient.pieces
+        cdef bint is_pair = grad_b is not None, is_apart
+        cdef int i, j
+        if is_pair and self.rows_a < 0:
+            return False
+        if not takes_gradient(
+            grad_a, &self.grads[0], &pieces[0], self.rows_a if is_pair else self.n, self.columns_a if is_pair else -1
+        ):
+            return False
+        self.gradient.count = self.held = 1
+        if is_pair and takes_gradient(grad_b, &self.grads[1], &pieces[1], self.rows_b, self.columns_b):
+            self.gradient.count = self.held = 2
+        is_apart = self.held == 1 + is_pair
+        for i in range(self.held):
+            for j in range(self.regions):
+                is_apart &= not overlap(self.grads[i].buf, self.grads[i].len, self.starts[j], self.sizes[j])
+        if not is_apart:
+            self.leave()
+            return False
+        self._hand_out()
+        return True
 
     cdef void _hand_out(self) noexcept:
         """Give each part its piece, or pieces, of the gradient."""

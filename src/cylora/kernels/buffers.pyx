@@ -34,6 +34,7 @@ cdef extern from *:
         int flags;
     } cylora_ndarray;
     #define CYLORA_NDARRAY(object) ((cylora_ndarray *) (object))
+    #define cylora_fetch(memory) __builtin_prefetch((memory), 0, 3)
     static int cylora_has_release(PyTypeObject *type) {
         return type->tp_as_buffer == NULL || type->tp_as_buffer->bf_releasebuffer != NULL;
     }
@@ -52,6 +53,7 @@ cdef extern from *:
         Py_ssize_t* dimensions
         PyObject* descr
         int flags
+    void fetch "cylora_fetch"(const void* memory) noexcept nogil
     NdArray* ndarray_of "CYLORA_NDARRAY"(object array) noexcept nogil
     bint has_release "cylora_has_release"(PyTypeObject* kind) noexcept
 
@@ -283,10 +285,26 @@ cdef int acquire_gradient(
     object provider, Py_buffer* view, Piece* piece, str name, Py_ssize_t rows, Py_ssize_t columns
 ) except -1:
     """Fill ``view``, which the caller releases, and ``piece``, or raise InputError and hold nothing."""
-    piece.kind = _acquire(provider, view, name, rows, columns, False, True)
-    piece.start = view.buf
-    piece.n = view.len // (4 if piece.kind == FLOAT32 else 2)
+    _describe(piece, view, _acquire(provider, view, name, rows, columns, False, True))
     return 0
+
+
+cdef bint takes_gradient(object provider, Py_buffer* view, Piece* piece, Py_ssize_t rows, Py_ssize_t columns) noexcept:
+    cdef int kind = _take_ndarray(provider, view, rows, columns, False, True)
+    if kind < 0:
+        return False
+    _describe(piece, view, kind)
+    return True
+
+
+cdef void fetch_shape(object provider) noexcept:
+    if _reads_ndarray and is_exactly(provider, <PyTypeObject*> _ndarray):
+        fetch(ndarray_of(provider).dimensions)
+        fetch(ndarray_of(provider).data)
+
+
+cdef inline void _describe(Piece* piece, const Py_buffer* view, int kind) noexcept:
+    piece.kind, piece.start, piece.n = kind, view.buf, view.len // (4 if kind == FLOAT32 else 2)
 
 
 def check_gradient(provider, str name not None, Py_ssize_t rows, Py_ssize_t columns):

@@ -91,7 +91,7 @@ cdef void adam_step(
     step.gradient.pieces[0] = Piece(start=g, n=n, kind=FLOAT32)
     step.gradient.count = 1
     step.moments = Moments(kind=FLOAT32, m=m, v=v, m_exponents=NULL, v_exponents=NULL)
-    step.noise, step.first_chunk, step.average = NULL, 0, NULL
+    step.noise, step.first_chunk, step.next, step.average = NULL, 0, NULL, NULL
     fp = fp_enter()
     loops.adam_scalars(&step.scalars, rule, rate, clip, t)
     loops.update_blocks(&step, 0, (n + BLOCK - 1) // BLOCK)

@@ -1,6 +1,6 @@
 """One clipped step of Adam over one or more parts of a model, as its computation sees it: no Python object, no GIL."""
 
-from libc.stdint cimport int64_t, uint32_t
+from libc.stdint cimport int64_t
 from cylora.kernels._loops cimport AdamRule, AdamStep
 
 cdef struct Part:               # parameters that lie together and follow one rule
@@ -19,7 +19,7 @@ cdef struct Task:
     double* block_sums          # (blocks,)
     Py_ssize_t blocks
     Py_ssize_t n                # elements of all parts
-    uint32_t* noise             # (CHUNK,), or NULL where all moments are float32: one table, so others' parts share their t
+    bint needs_noise            # not all moments are float32: one table for all parts, so these share their t
     double max_norm             # of the gradients of all parts together
     double norm_limit           # above it nothing is applied
     int threads

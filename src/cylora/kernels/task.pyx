@@ -4,7 +4,7 @@ Norm blocks, chunks and threads' work are counted from the beginning of each par
 others through the clip scale alone.
 """
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcmp
 from cylora.kernels._loops cimport BLOCK, CHUNK, AdamRule, AdamScalars
 from cylora.kernels.dispatch cimport loops
@@ -12,6 +12,18 @@ from cylora.kernels.threads cimport close_team, open_team, share
 
 # One thread's work in microseconds for each element, inside the caches: what a second thread is worth is judged by it.
 cdef double NORM_US = 0.05e-3, UPDATE_US = 0.3e-3
+
+
+cdef extern from *:
+    """
+    /* The noise that this thread drew last. Of thousands of adapters most are at the same step, and draw the same. */
+    static __thread uint32_t cylora_noise[256];  /* CHUNK */
+    static __thread uint64_t cylora_noise_key;
+    static __thread int cylora_has_noise;
+    """
+    uint32_t* NOISE "cylora_noise"
+    uint64_t noise_key "cylora_noise_key"
+    bint has_noise "cylora_has_noise"
 
 
 cdef inline Py_ssize_t _blocks_of(const Part* part) noexcept nogil:
@@ -106,12 +118,19 @@ cdef inline bint _agree(const Task* task, Py_ssize_t i, Py_ssize_t j) noexcept n
         and memcmp(&a.rule, &b.rule, sizeof(AdamRule)) == 0)
 
 
+cdef inline const uint32_t* _noise_of(uint64_t key) noexcept nogil:
+    global noise_key, has_noise
+    if not has_noise or noise_key != key:
+        loops.draw_noise(NOISE, CHUNK, key)
+        noise_key, has_noise = key, True
+    return NOISE
+
+
 cdef void _derive_scalars(Task* task) noexcept nogil:
     """Count the step and derive each part's scalars, which as a rule are those of one of the two parts before: B's of A's
     or, where the two learn at different rates, of the last B's."""
     cdef double clip = loops.clip_scale(task.norm, task.max_norm, task.divisor)
     cdef AdamScalars* scalars
-    cdef uint64_t key = 0
     cdef Py_ssize_t i
     for i in range(task.count):
         part = &task.parts[i]
@@ -127,9 +146,8 @@ cdef void _derive_scalars(Task* task) noexcept nogil:
             loops.adam_scalars(
                 scalars, &part.rule, task.rate * part.rate_factor, -clip if part.ascends else clip, part.t)
             scalars.average_weight = <float> task.average_weight
-            if task.noise != NULL and scalars.noise_key != key:
-                key = scalars.noise_key
-                loops.draw_noise(task.noise, CHUNK, key)
+        if task.needs_noise:
+            part.step.noise = _noise_of(scalars.noise_key)
 
 
 cdef void carry_out(Task* task) noexcept nogil:

@@ -21,4 +21,8 @@ cdef bint open_team(int threads, double work_us) noexcept nogil
 # Do items 0 <= i < items in pieces of ``grain`` on all threads of the team. On return all are done and their writes seen.
 cdef void share(Work work, void* context, Py_ssize_t items, Py_ssize_t grain) noexcept nogil
 
+# The two halves of ``share``: between them the caller does something else. One job at a time is handed out.
+cdef void hand_out(Work work, void* context, Py_ssize_t items, Py_ssize_t grain) noexcept nogil
+cdef void finish() noexcept nogil
+
 cdef void close_team() noexcept nogil

@@ -183,6 +183,11 @@ cdef struct Pool:
     int64_t balance
     int64_t rest
     int64_t rest_until
+    int64_t begun           # of what is handed out: when that began, and when all who help had been told
+    int64_t ready
+    bint is_shared          # it, with others
+    Job* handed_out
+    Job alone               # what it is, if it is not
     Slot slots[64]          # of MAX_WORKERS; the first is nobody's, because worker 0 is the caller
     Job jobs[2]             # of JOBS
 
@@ -364,22 +369,26 @@ cdef bint open_team(int threads, double work_us) noexcept nogil:
 
 
 cdef void share(Work work, void* context, Py_ssize_t items, Py_ssize_t grain) noexcept nogil:
-    cdef int64_t pieces, done, begun, ready, idle, finished
+    hand_out(work, context, items, grain)
+    finish()
+
+
+cdef void hand_out(Work work, void* context, Py_ssize_t items, Py_ssize_t grain) noexcept nogil:
+    cdef int64_t pieces
     cdef int workers, i
     cdef bint woken = False
     cdef Job* job
-    if items <= 0:
-        return
     grain = max(grain, 1)
-    pieces = (items - 1) // grain + 1
+    pieces = 0 if items <= 0 else (items - 1) // grain + 1
     workers = <int> min(<int64_t> pool.team, pieces)
-    pool.ticket += 1
-    job = &pool.jobs[pool.ticket % JOBS]
-    if workers < 2 or load(&job.active) != 0:
-        for done in range(pieces):
-            do_piece(work, context, items, grain, done)
+    if pieces > 0:
+        pool.ticket += 1
+    job = pool.handed_out = &pool.jobs[pool.ticket % JOBS]
+    pool.is_shared = workers >= 2 and load(&job.active) == 0
+    if not pool.is_shared:
+        pool.alone.work, pool.alone.context, pool.alone.items, pool.alone.grain = work, context, items, grain
         return
-    begun = now()
+    pool.begun = now()
     job.work, job.context, job.items, job.grain, job.workers = work, context, items, grain, workers
     for i in range(workers):
         job.ranges[i].next = pieces * i // workers
@@ -390,14 +399,29 @@ cdef void share(Work work, void* context, Py_ssize_t items, Py_ssize_t grain) no
         store(&pool.slots[i].ticket, pool.ticket)
     for i in range(1, workers):
         woken |= wake(&pool.slots[i])
-    ready = now() if woken else begun
+    pool.ready = now() if woken else pool.begun
+
+
+cdef void finish() noexcept nogil:
+    cdef Job* job = pool.handed_out
+    cdef int64_t pieces, done, begun, idle, finished
+    if not pool.is_shared:
+        job = &pool.alone
+        pieces = 0 if job.items <= 0 else (job.items - 1) // job.grain + 1
+        for done in range(pieces):
+            do_piece(job.work, job.context, job.items, job.grain, done)
+        return
+    pieces = (job.items - 1) // job.grain + 1
+    begun = now()
     done = take_part(job, 0)
     store(&job.open, 0)
     idle = now()
     finished = await_others(job, pieces, idle)
     if done > 0:
-        pool.gained += (pieces - done) * (idle - ready) // done
-    pool.lost += finished - idle + ready - begun
+        pool.gained += (pieces - done) * (idle - begun) // done
+    else:
+        pool.gained += begun - pool.ready  # all was done while the caller did something else
+    pool.lost += finished - idle + pool.ready - pool.begun
 
 
 cdef int64_t await_others(Job* job, int64_t pieces, int64_t begun) noexcept nogil:

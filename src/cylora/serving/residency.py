@@ -14,12 +14,13 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from cylora.adapter import AdapterSet, LoraAdapter
 from cylora.config import LoraTrainingConfig
 from cylora.errors import CyloraError, InputError, StateError, StoreError
+from cylora.optimizer import Round, release
 from cylora.serving.snapshot import AdapterSnapshot
 from cylora.serving.tenant import OBJECT_BYTES, Tenant, share_configs, snapshot_bytes, tenant_bytes
 from cylora.serving.tenant_files import TenantFolder
@@ -82,7 +83,10 @@ class Residency:
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)
         self.tenants = {name: Tenant(name) for name in folder.tenants()}
-        self.resident: OrderedDict[str, Tenant] = OrderedDict()  # the least recently used first
+        self.resident: dict[str, Tenant] = {}
+        self._queue: list[
+            Tenant
+        ] = []  # some of them: before all others those that were used least recently, these last
         self._spared: OrderedDict[str, Tenant] = OrderedDict()  # on disk, with a snapshot in memory; the oldest first
         self._spared_bytes = 0
         self.bytes = 0
@@ -118,7 +122,7 @@ class Residency:
             while True:
                 self.require_open()
                 tenant = self.find(name)
-                if tenant.owner is None or tenant.owner == me:
+                if tenant.owner in (0, me):
                     tenant.owner, tenant.depth = me, tenant.depth + 1
                     held.append(tenant)
                     return tenant
@@ -134,8 +138,7 @@ class Residency:
             if tenant.trainer is None:
                 self._bring_in(tenant, waits)
             else:
-                with self.lock:
-                    self.resident.move_to_end(tenant.name)
+                tenant.touch()
         except BaseException:
             taken = held[before:]
             del held[before:]
@@ -143,32 +146,19 @@ class Residency:
             raise
         return tenant
 
-    def take_resident(self, names: Iterable[Any], held: list[Tenant]) -> None:
-        """Acquire tenants, one after the other, into ``held``, up to the first that takes waiting or reading."""
+    def take_resident(self, jobs: Round) -> None:
+        """Acquire the tenants of jobs, one after the other, up to the first that takes waiting or reading."""
         self.require_open()
-        me = threading.get_ident()
         with self.lock:
             self.require_open()
-            tenants, to_end = self.tenants, self.resident.move_to_end
-            for name in names:
-                tenant = tenants.get(name)
-                if tenant is None or tenant.trainer is None or tenant.owner not in (None, me):
-                    return
-                tenant.owner, tenant.depth = me, tenant.depth + 1
-                held.append(tenant)
-                to_end(name)
+            jobs.take(self.tenants)
 
     def release(self, held: list[Tenant]) -> None:
         """Let others have what this thread has acquired."""
         if not held:
             return
         with self.lock:
-            while held:
-                tenant = held[-1]
-                tenant.depth -= 1
-                if tenant.depth == 0:
-                    tenant.owner = None
-                del held[-1]
+            release(held)
             self.changed.notify_all()
 
     # ------------------------------------------------------------------ into memory
@@ -234,6 +224,7 @@ class Residency:
     ) -> None:
         n_bytes = tenant_bytes(trainer, adapters)
         total = self.bytes + n_bytes - room[0]
+        tenant.touch()
         tenant.trainer, tenant.adapters, tenant.layout = trainer, adapters, adapters.flat.layout
         tenant.n_bytes, self.bytes, room[0], self.resident[tenant.name] = n_bytes, total, 0, tenant
         self._arriving.discard(threading.get_ident())
@@ -307,8 +298,8 @@ class Residency:
         while self.bytes + n_bytes > self.budget:
             # A disk that took one file no more takes no other either: then only those leave that need no writing.
             is_full = any(isinstance(error, OSError) for error in stuck.values())
-            for tenant in self.resident.values():
-                if tenant.owner is None and tenant.name not in stuck and not (is_full and tenant.is_dirty):
+            for tenant in self._by_use():
+                if not tenant.owner and tenant.name not in stuck and not (is_full and tenant.is_dirty):
                     return tenant
             if self._spared:
                 self._drop_oldest_snapshot()
@@ -326,10 +317,28 @@ class Residency:
                 raise StoreError(f"{missing}: all other tenants in memory are in use")
         return None
 
+    def _by_use(self) -> Iterator[Tenant]:
+        """Yield the tenants in memory, the least recently used first.
+
+        A use only leaves its number behind. So they are sorted anew when those that are still where the last sorting
+        put them are through: at most once for as many uses as there are tenants.
+        """
+        queue = self._queue
+        while queue and not _is_queued(queue[-1]):
+            queue.pop()
+        yield from filter(_is_queued, reversed(queue))
+        others = sorted(
+            (one for one in self.resident.values() if not _is_queued(one)), key=lambda one: one.used, reverse=True
+        )
+        self._queue = others + [one for one in queue if _is_queued(one)]
+        for one in others:
+            one.queued = one.used
+        yield from reversed(others)
+
     def _others_at_work(self) -> bool:
         me = threading.get_ident()
         return bool(self._arriving - {me}) or any(
-            tenant.owner not in (None, me) and not tenant.is_pinned for tenant in self.resident.values()
+            tenant.owner not in (0, me) and not tenant.is_pinned for tenant in self.resident.values()
         )
 
     def _spill(self, tenant: Tenant) -> None:
@@ -345,7 +354,7 @@ class Residency:
 
     def _take_out(self, tenant: Tenant) -> None:
         del self.resident[tenant.name]
-        tenant.trainer = tenant.adapters = None
+        tenant.trainer = tenant.adapters = tenant.adam = None
         self.bytes -= tenant.n_bytes
         self._note()
 
@@ -398,7 +407,7 @@ class Residency:
             self._closer = me
             self.changed.notify_all()
             try:
-                while any(tenant.owner not in (None, me) for tenant in self.tenants.values()):
+                while any(tenant.owner not in (0, me) for tenant in self.tenants.values()):
                     self.changed.wait()
             except BaseException:
                 self._closer = None
@@ -410,10 +419,14 @@ class Residency:
         with self.lock:
             self._closer, self.is_closed = None, is_closed
             if is_closed:
-                self.tenants, self.resident, self.bytes = {}, OrderedDict(), 0
+                self.tenants, self.resident, self.bytes, self._queue = {}, {}, 0, []
                 self._spared, self._spared_bytes = OrderedDict(), 0
             self.changed.notify_all()
 
     def _note(self) -> None:
         if self._metrics is not None:
             self._metrics.resident(self.bytes, len(self.resident))
+
+
+def _is_queued(tenant: Tenant) -> bool:
+    return tenant.queued == tenant.used and tenant.trainer is not None

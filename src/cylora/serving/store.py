@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ from cylora.errors import ConfigError, CyloraError, InputError, PublishError, St
 from cylora.formats.weights import check_finite
 from cylora.history import TrainingStep
 from cylora.many import step_many
+from cylora.optimizer import Round
 from cylora.serving.publisher import AdapterPublisher, checked_norm_ratio
 from cylora.serving.residency import NotNowError, Residency, StoreMetrics
 from cylora.serving.snapshot import AdapterSnapshot
@@ -206,49 +206,57 @@ class AdapterStore:
         except TypeError:
             raise InputError(f"jobs must be an iterable of tuples, got {type(jobs).__name__}") from None
         results: Outcomes = [None] * len(given)
-        places = deque(place for place, job in enumerate(given) if _is_job(job, place, results))
+        places = list(range(len(given)))
         while places:
             places = self._round(given, places, results)
         return results
 
-    def _round(self, jobs: list[tuple[Any, ...]], places: deque[int], results: Outcomes) -> deque[int]:
+    def _round(self, jobs: list[Any], places: list[int], results: Outcomes) -> list[int]:
         """Do the first of each tenant's jobs; return the places of the others."""
-        first: dict[str, int] = {}
-        later = deque(place for place in places if first.setdefault(jobs[place][0], place) != place)
-        names = deque(first)
-        while names:
-            held: list[Tenant] = []
+        current = Round(jobs, places)
+        while not current.is_over:
+            current.begin()
             try:
-                self._gather(names, held, first, results)
-                batch = []
-                for one in held:
-                    _, loss, *gradients = jobs[first[one.name]]
-                    batch.append((one.trainer, loss, one.adapters, *gradients))
-                    one.is_dirty = True  # whatever comes of it: at worst a file is written again
-                for one, outcome in zip(held, step_many(batch, threads=self._threads), strict=True):
-                    results[first[one.name]] = outcome
+                self._gather(current, jobs, results)
+                self._step_held(current, jobs, results)
             finally:
                 try:
-                    self._memory.release(held)
+                    self._memory.release(current.held)
                 finally:  # again, should an interrupt have come as that began
-                    self._memory.release(held)
-        return later
+                    self._memory.release(current.held)
+        return current.later
 
-    def _gather(self, names: deque[str], held: list[Tenant], first: dict[str, int], results: Outcomes) -> None:
-        """Acquire the first so many of ``names`` that can be held together, into ``held``; take them off ``names``."""
-        while names:
-            before = len(held)
-            self._memory.take_resident(names, held)
-            for _ in range(len(held) - before):
-                names.popleft()
-            if names:
-                try:
-                    self._memory.acquire(names[0], held, waits=not held)
-                except NotNowError:
-                    return
-                except Exception as error:
-                    results[first[names[0]]] = error
-                names.popleft()
+    def _gather(self, current: Round, jobs: list[Any], results: Outcomes) -> None:
+        """Acquire the tenants of the first so many jobs that can be held together."""
+        while not current.is_over:
+            self._memory.take_resident(current)
+            if current.is_over:
+                return
+            place, held = current.place, current.held
+            try:
+                entry = self._memory.find(_checked_job(jobs[place])[0])
+                if current.has_come(entry):
+                    current.postpone(entry)
+                    continue
+                self._memory.acquire(entry.name, held, waits=not held)
+                current.added()
+            except NotNowError:
+                return
+            except Exception as error:
+                results[place] = error
+                current.skip()
+
+    def _step_held(self, current: Round, jobs: list[Any], results: Outcomes) -> None:
+        """Step what is held: first what needs no Python, then the others."""
+        others = current.step(results, self._threads)
+        batch = []
+        for index in others:
+            tenant, (_, loss, *gradients) = current.held[index], jobs[current.mine[index]]
+            batch.append((tenant.trainer, loss, tenant.adapters, *gradients))
+        for index, outcome in zip(others, step_many(batch, threads=self._threads), strict=True):
+            results[current.mine[index]] = outcome
+            tenant = current.held[index]
+            tenant.adam = tenant.trainer.bound_optimizer()
 
     def check(self, tenant: str, loss: float, grad_a: Any, grad_b: Any = None) -> None:
         """Raise what `step` would for an unknown tenant, a loss that is no number, or a wrong shape or type.
@@ -336,7 +344,7 @@ class AdapterStore:
         """
         self._memory.require_open()
         with self._memory.lock:
-            names = [one.name for one in self._memory.resident.values() if one.is_dirty or one.owner is not None]
+            names = [one.name for one in self._memory.resident.values() if one.is_dirty or one.owner]
         failures: list[tuple[str, Exception]] = []
         for name in names:
             try:
@@ -425,14 +433,12 @@ def _bounded(config: Any) -> LoraTrainingConfig:
     return replace(config, history_limit=HISTORY_LIMIT) if config.history_limit is None else config
 
 
-def _is_job(job: Any, place: int, results: Outcomes) -> bool:
-    """Return whether a job has the right form; if not, its result says so."""
+def _checked_job(job: Any) -> tuple[Any, ...]:
+    """Return a job, or raise InputError if it has not the form of one."""
     if not isinstance(job, tuple) or not 3 <= len(job) <= 4:
         got = f"a tuple of {len(job)}" if isinstance(job, tuple) else type(job).__name__
     elif not isinstance(job[0], str):
         got = f"a tenant of type {type(job[0]).__name__}"
     else:
-        return True
-    rule = "a job must be (tenant, loss, grad_a, grad_b) or (tenant, loss, gradients)"
-    results[place] = InputError(f"{rule}, got {got}")
-    return False
+        return job
+    raise InputError(f"a job must be (tenant, loss, grad_a, grad_b) or (tenant, loss, gradients), got {got}")

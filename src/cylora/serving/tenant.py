@@ -11,7 +11,7 @@ from cylora.config import LoraTrainingConfig
 from cylora.errors import InputError
 from cylora.flat import Layout
 from cylora.moments import Moments
-from cylora.optimizer import check_gradient
+from cylora.optimizer import Owned, check_gradient
 from cylora.parts import trained_sizes
 from cylora.serving.snapshot import AdapterSnapshot
 from cylora.trainer import LoraTrainer
@@ -28,35 +28,27 @@ OPTION_BYTES = 3 * 1024  # of objects for a guard, and again for a state to go b
 SNAPSHOT_BYTES = 5 * 512  # of objects around a published vector
 
 
-class Tenant:
+class Tenant(Owned):
     """One tenant in its store. All but ``snapshot`` is read and written under the store's lock or by the owner.
 
     Attributes
     ----------
-    name : str
-    trainer, adapters : None while they are on disk only.
+    adapters : None while they are on disk only, as ``trainer`` is.
     layout : of the adapters; None before the first time they were in memory.
     n_bytes : counted for it while it is in memory; for one on disk what it would take, or an estimate.
-    is_dirty : whether memory holds something that the file does not.
     is_pinned : whether its owner may keep it for as long as it likes (`AdapterStore.use`).
-    owner, depth : the thread that steps, loads, writes or uses it, and how often it has entered.
     snapshot : the version to serve, or None.
     version : of the last snapshot ever, or 0.
     """
 
-    __slots__ = (
-        "adapters", "depth", "is_dirty", "is_pinned", "layout", "n_bytes", "name", "owner", "snapshot", "trainer",
-        "version",
-    )  # fmt: skip
+    __slots__ = ("adapters", "is_pinned", "layout", "n_bytes", "snapshot", "version")
 
-    def __init__(self, name: str, n_bytes: int = 0) -> None:
-        self.name, self.n_bytes = name, n_bytes
-        self.trainer: LoraTrainer | None = None
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.n_bytes = 0
         self.adapters: LoraAdapter | AdapterSet | None = None
         self.layout: Layout | None = None
-        self.is_dirty = self.is_pinned = False
-        self.owner: int | None = None
-        self.depth = 0
+        self.is_pinned = False
         self.snapshot: AdapterSnapshot | None = None
         self.version = 0
 

@@ -1,0 +1,328 @@
+"""Thousands of trainers that threads take, step and give back by name: a round of steps without a line of Python.
+
+For one step of a small adapter more time goes into looking at cold objects than into arithmetic. So everything here is done
+for a group at a time, in passes: each asks the memory early for what the next one will look at.
+"""
+
+from cpython.dict cimport PyDict_GetItemWithError
+from cpython.list cimport PyList_GET_ITEM
+from cpython.object cimport PyObject
+from cpython.tuple cimport PyTuple_CheckExact, PyTuple_GET_ITEM
+from cpython.unicode cimport PyUnicode_CheckExact
+from libc.stdint cimport uint64_t
+from libc.stdlib cimport calloc, free
+from cylora.kernels._fpenv cimport fp_enter, fp_leave
+from cylora.kernels.adam cimport PreparedAdam
+from cylora.kernels.buffers cimport fetch_shape
+from cylora.kernels.task cimport Task, carry_out
+from cylora.kernels.threads cimport close_team, finish, hand_out, open_team
+
+cdef extern from *:
+    """
+    #define cylora_fetch(memory) __builtin_prefetch((memory), 0, 3)
+    """
+    void fetch "cylora_fetch"(const void* memory) noexcept nogil
+
+cdef extern from "Python.h":
+    unsigned long this_thread "PyThread_get_thread_ident"()
+
+cdef enum:
+    GROUP = 64      # looked at together, carried out together, recorded together
+    LINE = 64       # bytes that a cache holds together
+
+cdef struct Group:      # of steps that several threads may share
+    Task** tasks
+    Py_ssize_t count
+
+cdef double STEP_US = 1.0, ELEMENT_US = 0.4e-3  # what one thread takes for a step: as a rule, to judge what sharing is worth
+
+cdef long long clock = 0    # of uses
+
+
+cdef class Owned:
+    """A trainer by its name, one thread's at a time.
+
+    Attributes
+    ----------
+    name : str
+    trainer : LoraTrainer, or None while it is on disk only.
+    adam : the optimizer of ``trainer``, once that is known for good, or None.
+    owner, depth : the thread that has it, or 0, and how often it has taken it.
+    used, queued : when it was taken last, counted in uses of all, and when it had been as whoever looks for the least
+        recently used last looked.
+    is_dirty : whether memory holds something that the file does not.
+    """
+
+    def __init__(self, str name not None):
+        self.name = name
+
+    def touch(self):
+        """Note that it is used now."""
+        global clock
+        clock += 1
+        self.used = clock
+
+
+def release(list held not None):
+    """Give back what this thread has taken; the list is empty then."""
+    cdef Owned one
+    cdef Py_ssize_t i, n = len(held)
+    for i in range(n):
+        if i + 8 < n:
+            fetch(PyList_GET_ITEM(held, i + 8))
+        one = <Owned> PyList_GET_ITEM(held, i)
+        one.depth -= 1
+        if one.depth == 0:
+            one.owner = 0
+    held.clear()
+
+
+cdef inline bint is_job(object job):
+    return PyTuple_CheckExact(job) and 3 <= len(<tuple> job) <= 4 and PyUnicode_CheckExact(<object> PyTuple_GET_ITEM(job, 0))
+
+
+cdef inline Py_ssize_t place_at(list places, Py_ssize_t i):
+    return <Py_ssize_t> <object> PyList_GET_ITEM(places, i)
+
+
+cdef void carry_out_some(void* context, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    cdef const Group* group = <const Group*> context
+    cdef Py_ssize_t i
+    for i in range(first, last):
+        # Compact moments take longer to compute than to fetch. Float32 ones do not, and two at once would only wait longer.
+        if group.tasks[i].needs_noise and i + 1 < group.count:
+            group.tasks[i].parts[0].step.next = &group.tasks[i + 1].parts[0].step
+        carry_out(group.tasks[i])
+        group.tasks[i].parts[0].step.next = NULL
+
+
+cdef class Round:
+    """Of each name the first of its jobs, (name, loss, grad_a, grad_b) or (name, loss, gradients).
+
+    Attributes
+    ----------
+    held : list of Owned, taken by this thread.
+    mine : list of int, the places of their jobs in ``jobs``.
+    later : list of int, the places of jobs whose names have come before.
+    at : int, how many of ``places`` have been looked at.
+    """
+
+    cdef list jobs, places
+    cdef readonly list held, mine, later
+    cdef readonly Py_ssize_t at
+    cdef set late               # names in `later`
+    cdef long long since        # `clock` before any of ``held`` was taken
+    cdef list adams             # of the steps that are prepared, in their order
+    cdef Task** tasks
+    cdef Group group            # that is being carried out
+    cdef Py_ssize_t* of_held    # their indices in ``held``
+    cdef Py_ssize_t prepared, looked_at
+
+    def __init__(self, list jobs not None, list places not None):
+        self.jobs, self.places = jobs, places
+        self.held, self.mine, self.later, self.late = [], [], [], set()
+
+    def begin(self):
+        """Begin a batch; what was held has been given back."""
+        self.since = clock
+        self.mine.clear()
+
+    @property
+    def is_over(self):
+        """Whether all jobs have been looked at."""
+        return self.at == len(self.places)
+
+    @property
+    def place(self):
+        """The place of the next job."""
+        return self.places[self.at]
+
+    def take(self, dict tenants not None):
+        """Take one after the other, up to the first that cannot be had at once or whose job is none; under the lock."""
+        global clock
+        cdef long long me = <long long> this_thread()
+        cdef PyObject* found[GROUP]
+        cdef Py_ssize_t last, i
+        cdef Owned one
+        while self.at < len(self.places):
+            last = min(self.at + GROUP, len(self.places))
+            for i in range(self.at, last):
+                fetch(PyList_GET_ITEM(self.jobs, place_at(self.places, i)))
+            for i in range(self.at, last):
+                job = <object> PyList_GET_ITEM(self.jobs, place_at(self.places, i))
+                if is_job(job):
+                    fetch(PyTuple_GET_ITEM(job, 0))
+            for i in range(self.at, last):
+                job = <object> PyList_GET_ITEM(self.jobs, place_at(self.places, i))
+                found[i - self.at] = NULL
+                if is_job(job):
+                    found[i - self.at] = PyDict_GetItemWithError(tenants, <object> PyTuple_GET_ITEM(job, 0))
+                if found[i - self.at] != NULL:
+                    fetch(found[i - self.at])
+                    fetch(<const char*> found[i - self.at] + LINE)
+            for i in range(last - self.at):
+                if found[i] == NULL:
+                    return
+                one = <Owned> found[i]
+                if self._has_come(one, me):
+                    self.postpone(one)
+                    continue
+                if one.trainer is None or (one.owner != 0 and one.owner != me):
+                    return
+                self.mine.append(<object> PyList_GET_ITEM(self.places, self.at))
+                self.held.append(one)
+                clock += 1
+                one.owner, one.depth, one.used = me, one.depth + 1, clock
+                self.at += 1
+
+    cdef bint _has_come(self, Owned one, long long me) except -1:
+        return (one.owner == me and one.used > self.since) or (len(self.late) > 0 and one.name in self.late)
+
+    def has_come(self, Owned one not None):
+        """Whether an earlier job of this round has its name."""
+        return self._has_come(one, <long long> this_thread())
+
+    cpdef postpone(self, Owned one):
+        """Leave the next job to a later round."""
+        self.later.append(self.places[self.at])
+        self.late.add(one.name)
+        self.at += 1
+
+    def added(self):
+        """Note that the last of ``held`` was taken otherwise, for the next job."""
+        self.mine.append(self.places[self.at])
+        self.at += 1
+
+    def skip(self):
+        """Leave the next job out."""
+        self.at += 1
+
+    def step(self, list results not None, int threads):
+        """Do the steps that run no Python code, in any order; put records and errors into ``results``, by place.
+
+        Return the indices in ``held`` of the others, for which nothing was done.
+        """
+        cdef Py_ssize_t n = len(self.held), i
+        cdef bint has_team = False
+        cdef double work = 0.0
+        cdef uint64_t fp
+        cdef Owned one
+        self.adams = [None] * n
+        self.tasks = <Task**> calloc(n + 1, sizeof(Task*))
+        self.of_held = <Py_ssize_t*> calloc(n + 1, sizeof(Py_ssize_t))
+        try:
+            if self.tasks == NULL or self.of_held == NULL:
+                raise MemoryError()
+            self.prepared = self.looked_at = 0
+            for i in range(min(n, GROUP)):
+                one = <Owned> PyList_GET_ITEM(self.held, i)
+                work += STEP_US + (0.0 if one.adam is None else ELEMENT_US * one.adam.n)
+            if n > GROUP:
+                work *= <double> n / GROUP
+            fp = fp_enter()
+            with nogil:
+                has_team = threads > 1 and open_team(threads, work)
+            self._step_all(results, has_team)
+            if has_team:
+                close_team()
+            fp_leave(fp)
+            return self._end(results)
+        finally:
+            free(self.tasks)
+            free(self.of_held)
+            self.tasks, self.of_held, self.adams = NULL, NULL, None
+
+    cdef void _step_all(self, list results, bint has_team) noexcept:
+        """While one group is carried out by others, the one before is recorded and the one after prepared."""
+        cdef Py_ssize_t done = 0, begun
+        self._prepare()
+        begun = self.prepared
+        self._hand_out(0, begun, has_team)
+        while done < begun:
+            self._prepare()
+            with nogil:
+                if has_team:
+                    finish()
+                else:
+                    carry_out_some(&self.group, 0, self.group.count)
+                self._hand_out(begun, self.prepared, has_team)
+            self._record(results, done, begun)
+            done, begun = begun, self.prepared
+        if has_team:
+            finish()
+
+    cdef void _hand_out(self, Py_ssize_t first, Py_ssize_t last, bint has_team) noexcept nogil:
+        self.group = Group(tasks=self.tasks + first, count=last - first)
+        if has_team:
+            hand_out(carry_out_some, &self.group, self.group.count, 1)
+
+    cdef void _prepare(self) noexcept:
+        """Prepare groups until at least one step more is, or all have been looked at."""
+        cdef Py_ssize_t before = self.prepared, i, k, last
+        cdef PreparedAdam adam
+        while self.prepared == before and self.looked_at < len(self.held):
+            last = min(self.looked_at + GROUP, len(self.held))
+            for i in range(self.looked_at, last):
+                adam = (<Owned> PyList_GET_ITEM(self.held, i)).adam
+                job = <object> PyList_GET_ITEM(self.jobs, place_at(self.mine, i))
+                if adam is not None:
+                    adam.fetch_object()
+                for k in range(1, len(<tuple> job)):
+                    fetch(PyTuple_GET_ITEM(job, k))
+                    fetch(<const char*> PyTuple_GET_ITEM(job, k) + LINE)
+            for i in range(self.looked_at, last):
+                adam = (<Owned> PyList_GET_ITEM(self.held, i)).adam
+                job = <object> PyList_GET_ITEM(self.jobs, place_at(self.mine, i))
+                if adam is not None:
+                    adam.fetch_records()
+                for k in range(2, len(<tuple> job)):
+                    fetch_shape(<object> PyTuple_GET_ITEM(job, k))
+            for i in range(self.looked_at, last):
+                self._prepare_one(i)
+            self.looked_at = last
+
+    cdef void _prepare_one(self, Py_ssize_t i) noexcept:
+        cdef object job = <object> PyList_GET_ITEM(self.jobs, place_at(self.mine, i))
+        cdef object grad_b = <object> PyTuple_GET_ITEM(job, 3) if len(<tuple> job) > 3 else None
+        cdef Owned one = <Owned> PyList_GET_ITEM(self.held, i)
+        one.is_dirty = True  # whatever comes of it: at worst a file is written again
+        if one.adam is None:
+            return
+        try:
+            if not one.adam.begin_quickly(<object> PyTuple_GET_ITEM(job, 1), <object> PyTuple_GET_ITEM(job, 2), grad_b):
+                return
+        except MemoryError:
+            return
+        self.adams[self.prepared] = one.adam
+        self.tasks[self.prepared] = &one.adam.task
+        self.of_held[self.prepared] = i
+        self.prepared += 1
+
+    cdef void _record(self, list results, Py_ssize_t first, Py_ssize_t last) noexcept:
+        cdef PreparedAdam adam
+        cdef Py_ssize_t i
+        for i in range(first, last):
+            adam = <PreparedAdam> PyList_GET_ITEM(self.adams, i)
+            record = adam.commit()
+            if record is not None:
+                results[place_at(self.mine, self.of_held[i])] = record
+                adam.leave()
+
+    cdef list _end(self, list results):
+        """Put the errors of refused steps into ``results``; return the indices of those that were not prepared."""
+        cdef list others = [], refused = []
+        cdef Py_ssize_t i = 0, k
+        for k in range(len(self.held)):
+            if i == self.prepared or self.of_held[i] != k:
+                others.append(k)
+                continue
+            if results[place_at(self.mine, k)] is None:
+                refused.append((self.mine[k], self.adams[i]))
+            i += 1
+        try:
+            for place, adam in refused:
+                results[place] = (<PreparedAdam> adam).refused()
+        finally:
+            for _, adam in refused:
+                (<PreparedAdam> adam).leave()
+        return others
