@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from interrupts import interrupted
 from test_fork import in_child
 from training import fill, fingerprint, make_adapter, make_pair, make_set, make_trainer
 
@@ -303,10 +304,10 @@ def test_a_forked_child_does_not_wait_for_steps_of_its_parent() -> None:
     assert in_child(child) == 0
 
 
-@pytest.mark.parametrize("timeout", [-1, "1", None, np.nan])
+@pytest.mark.parametrize("timeout", [-1, "1", True, np.nan])
 def test_a_wrong_timeout_is_refused(timeout: Any) -> None:
     trainer, adapter = trained()
-    with pytest.raises(InputError, match="timeout must be >= 0, got"):
+    with pytest.raises(InputError, match=r"timeout \(if not None\) must be >= 0, got"):
         trainer.hold(adapter, parts, timeout=timeout)
 
 
@@ -339,6 +340,96 @@ def test_a_child_forked_during_a_step_is_told_so_at_once(monkeypatch: pytest.Mon
 
 def test_an_unbound_trainer_is_held_at_once() -> None:
     assert make_trainer().hold(make_adapter(), lambda state: state.adam, timeout=60) is None
+
+
+@contextlib.contextmanager
+def held_elsewhere(trainer: LoraTrainer, adapters: Any) -> Iterator[None]:
+    """Let another thread be inside a hold of it."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait(_: TrainerState) -> None:
+        inside.set()
+        assert go_on.wait(60)
+
+    thread = threading.Thread(target=lambda: trainer.hold(adapters, wait))
+    thread.start()
+    assert inside.wait(60)
+    try:
+        yield
+    finally:
+        go_on.set()
+        thread.join(60)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("timeout", [0, 0.01])
+def test_a_hold_waits_no_longer_than_its_timeout_for_another_one(timeout: float, steps: int) -> None:
+    trainer, adapter = trained(steps)
+    before = fingerprint(trainer, adapter)
+    calls: list[Any] = []
+    with held_elsewhere(trainer, adapter):
+        outcome = in_thread(lambda: trainer.hold(adapter, calls.append, timeout=timeout))
+    assert isinstance(outcome, TrainerBusyError)
+    assert str(outcome) == "this trainer is busy: another thread held it all the time"
+    assert calls == []
+    assert fingerprint(trainer, adapter) == before
+    assert in_thread(lambda: trainer.hold(adapter, lambda _: 7, timeout=timeout)) == 7
+
+
+@pytest.mark.parametrize("timeout", [60, np.inf])
+def test_a_hold_comes_after_another_one_within_its_timeout(timeout: float) -> None:
+    trainer, adapter = trained()
+    results: list[int] = []
+    with held_elsewhere(trainer, adapter):
+        waiting = threading.Thread(target=lambda: results.append(trainer.hold(adapter, lambda _: 7, timeout=timeout)))
+        waiting.start()
+    waiting.join(60)
+    assert results == [7]
+
+
+@pytest.mark.parametrize("call", ["hold", "state_dict"])
+def test_what_has_no_timeout_waits_for_a_hold_as_long_as_it_takes(call: str) -> None:
+    trainer, adapter = trained()
+    arguments = (adapter, parts) if call == "hold" else ()
+    results: list[Any] = []
+    waiting = threading.Thread(target=lambda: results.append(getattr(trainer, call)(*arguments)))
+    with held_elsewhere(trainer, adapter):
+        waiting.start()
+        waiting.join(0.05)
+        assert results == []
+    waiting.join(60)
+    assert len(results) == 1
+
+
+def test_a_hold_within_a_hold_does_not_wait_for_itself_and_both_end() -> None:
+    trainer, adapter = make_trainer(), make_adapter()
+    assert trainer.hold(adapter, lambda _: trainer.hold(adapter, lambda _: 7, timeout=60), timeout=60) == 7
+    assert not trainer.is_held_here()
+    assert in_thread(lambda: trainer.hold(adapter, lambda _: 8, timeout=60)) == 8
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_an_interrupt_at_any_moment_of_a_hold_leaves_the_lock_free(steps: int) -> None:
+    trainer, adapter = trained(steps)
+    kept, when = [], 0  # an error that is kept keeps its frames
+    while (error := interrupted(lambda: trainer.hold(adapter, parts, timeout=60), when := when + 1)) is not None:
+        kept.append(error)
+        assert not trainer.is_held_here(), when
+        assert in_thread(lambda: trainer.hold(adapter, lambda _: 7, timeout=60)) == 7
+    assert len(kept) > 10
+
+
+def test_an_interrupt_of_a_hold_within_a_hold_leaves_the_outer_one_its_lock() -> None:
+    trainer, adapter = make_trainer(), make_adapter()
+
+    def outer(_: TrainerState) -> int:
+        when = 0
+        while interrupted(lambda: trainer.hold(adapter, parts, timeout=60), when := when + 1) is not None:
+            assert trainer.is_held_here(), when
+        return when
+
+    assert trainer.hold(adapter, outer, timeout=60) > 10
+    assert not trainer.is_held_here()
 
 
 # ------------------------------------------------------------------ adopt

@@ -15,7 +15,7 @@ import pytest
 from interrupts import interrupted
 from test_durable import names
 from test_fork import in_child
-from test_hold import until
+from test_hold import held_elsewhere, until
 from training import fill, fingerprint, make_adapter, make_pair, make_set, make_trainer, same_bits
 
 from cylora import (
@@ -713,6 +713,32 @@ def test_publish_gets_its_turn_within_its_timeout(timeout: float) -> None:
         waiting.start()
     waiting.join(60)
     assert [snapshot.version for snapshot in made] == [2]
+
+
+@pytest.mark.parametrize("timeout", [0, 0.01])
+def test_publish_waits_no_longer_than_its_timeout_for_a_hold_in_another_thread(tmp_path: Path, timeout: float) -> None:
+    trainer, adapters = trained()
+    publisher = AdapterPublisher(adapters, trainer)
+    first = publisher.publish()
+    outcomes: list[object] = []
+
+    def tried(call: Callable[..., object]) -> None:
+        try:
+            outcomes.append(call(timeout=timeout))
+        except TrainerBusyError as error:
+            outcomes.append(str(error))
+
+    with held_elsewhere(trainer, adapters):
+        for call in (publisher.publish, lambda **options: publisher.publish_to(tmp_path, **options)):
+            waiting = threading.Thread(target=tried, args=(call,))  # not here, where it might hang
+            waiting.start()
+            waiting.join(60)
+            assert not waiting.is_alive()
+    assert outcomes == ["this trainer is busy: another thread held it all the time"] * 2
+    assert publisher.latest is first
+    assert publisher.counters()["published"] == 1
+    assert names(tmp_path) == []
+    assert publisher.publish(timeout=timeout).version == 2
 
 
 def test_waiting_for_the_turn_and_for_a_step_take_one_timeout_together(monkeypatch: pytest.MonkeyPatch) -> None:

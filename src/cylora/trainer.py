@@ -327,17 +327,36 @@ class LoraTrainer:
             raise InputError(f"grad_a must be a Gradients made for {self._adapters!r}, got one of another layout")
         return gradients.vector
 
-    def _while_idle(self, function: Callable[[], _Result], timeout: float = 0.0) -> _Result:
-        """Call ``function`` while no step is under way, and let none begin meanwhile."""
-        deadline, binding = time.monotonic() + timeout, self._binding
-        if timeout > 0:
-            while self._kept_waiting and time.monotonic() < deadline:  # holds without a pause would keep steps away
-                time.sleep(PAUSE)
+    def _while_idle(self, function: Callable[[], _Result], timeout: float | None = None) -> _Result:
+        """Call ``function`` while no step is under way, and let none begin meanwhile.
+
+        Other threads that do the same, and a step under way, are waited for up to ``timeout`` seconds together. With
+        None the former are waited for as long as they take, the latter not at all.
+        """
+        seconds = 0.0 if timeout is None else timeout
+        deadline, binding = time.monotonic() + seconds, self._binding
+        while seconds > 0 and self._kept_waiting and time.monotonic() < deadline:
+            time.sleep(PAUSE)  # holds without a pause would keep steps away
+        # A plain ``with`` alone leaves no moment at which an interrupt could keep the lock, but waits without a limit.
+        # So it takes a lock that this thread has by then once more, and the first time is given back inside.
+        is_twice = timeout is not None and not binding._is_owned()
+        if is_twice:
+            try:
+                left = min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+                is_free = binding.acquire(timeout=left)
+            except BaseException:
+                if binding._is_owned():  # the interrupt came after the lock
+                    binding.release()
+                raise
+            if not is_free:
+                raise TrainerBusyError("this trainer is busy: another thread held it all the time")
         with binding:
+            if is_twice:
+                binding.release()
             adam = self._adam
             if adam is None:
                 return function()
-            if timeout > 0:
+            if seconds > 0:
                 # The next step then waits at the lock. A thread that steps without a pause holds the GIL between two
                 # steps, so looking alone would never find a gap.
                 self._open = None
@@ -410,15 +429,21 @@ class LoraTrainer:
         self._while_idle(take_over)
 
     def hold(
-        self, adapters: LoraAdapter | AdapterSet, function: Callable[[TrainerState], _Result], *, timeout: float = 0.0
+        self,
+        adapters: LoraAdapter | AdapterSet,
+        function: Callable[[TrainerState], _Result],
+        *,
+        timeout: float | None = None,
     ) -> _Result:
         """Return ``function(live state)``, called while no step is under way; none begins meanwhile.
 
-        A step that another thread tries meanwhile waits or is a TrainerBusyError; a hold while one is under way is one,
-        after ``timeout`` seconds of waiting for its end. ``adapters`` must be the trainer's, or such that it could
-        become so: anything else is a StateError.
+        A step that another thread tries meanwhile waits or is a TrainerBusyError; a hold while one is under way, or
+        another hold, is one, after ``timeout`` seconds of waiting for their end. With None it is one at once while a
+        step is under way, and other holds are waited for as long as they take. ``adapters`` must be the trainer's, or
+        such that it could become so: anything else is a StateError.
         """
-        timeout = checks.real("timeout", timeout, ">= 0", lambda x: x >= 0, InputError)
+        if timeout is not None:
+            timeout = checks.real("timeout (if not None)", timeout, ">= 0", lambda x: x >= 0, InputError)
 
         def checked() -> _Result:
             if adapters is not self._adapters and self._bound is None:
