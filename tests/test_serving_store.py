@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,39 @@ def test_schedule_that_is_a_function_comes_from_the_config_again(tmp_path: Path)
         pytest.raises(ConfigError, match="schedule must be given again"),
     ):
         store.step("a", 1.0, *make_pair())
+
+
+def test_schedule_that_has_a_name_stays_where_the_config_has_a_function(tmp_path: Path) -> None:
+    with make_store(tmp_path / "s", schedule="cosine", max_steps=9) as store:
+        store.create("named")
+        store.step("named", *gradients("named", 0))
+    with make_store(tmp_path / "s", room=1, schedule=_falling, max_steps=9) as store:
+        store.create("function")
+        twins = {
+            "named": Twin("named", schedule="cosine", max_steps=9),
+            "function": Twin("function", schedule=_falling),
+        }
+        twins["named"].step(*gradients("named", 0))
+        for step in range(1, 4):
+            for tenant, twin in twins.items():
+                given = gradients(tenant, step)
+                assert store.step(tenant, *given).learning_rate == twin.step(*given).learning_rate
+        assert store.counters()["restored"] >= 5
+        assert print_of(store, "named") == twins["named"].print()
+    with make_store(tmp_path / "s", schedule=_falling) as store, store.use("named") as (trainer, _):
+        assert trainer.config.schedule == "cosine"
+
+
+@pytest.mark.parametrize("schedule", ["constant", lambda step: 1e-3])
+def test_damaged_file_is_the_same_error_whatever_the_schedule(tmp_path: Path, schedule: Any) -> None:
+    with make_store(tmp_path / "s", schedule=schedule) as store:
+        store.create("a")
+    (file,) = (tmp_path / "s").glob("tenant-*")
+    file.write_bytes(file.read_bytes()[:20])
+    with make_store(tmp_path / "s", schedule=schedule) as store:
+        with pytest.raises(FormatError, match=re.escape(str(file))):
+            store.step("a", *gradients("a", 0))
+        assert (store.resident_bytes, file.stat().st_size) == (0, 20)
 
 
 def _falling(step: int) -> float:

@@ -15,11 +15,14 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 from cylora.adapter import AdapterSet, LoraAdapter
 from cylora.config import LoraTrainingConfig
 from cylora.errors import CyloraError, InputError, StateError, StoreError
+from cylora.formats.checkpoint_facts import read_facts
+from cylora.formats.container import TensorFile
 from cylora.optimizer import Round, release
 from cylora.serving.snapshot import AdapterSnapshot
 from cylora.serving.tenant import OBJECT_BYTES, Tenant, share_configs, snapshot_bytes, tenant_bytes
@@ -200,7 +203,8 @@ class Residency:
             try:
                 self.reserve(expected, room, waits=waits)
                 config = self._config_of(tenant.name)
-                changes = {"schedule": config.schedule} if callable(config.schedule) else {}  # not in the file
+                is_lost = callable(config.schedule) and _has_no_schedule(self._folder.file(tenant.name))
+                changes = {"schedule": config.schedule} if is_lost else {}
                 checkpoint = self._folder.load(tenant.name, **changes)
                 share_configs(config, checkpoint.trainer, checkpoint.adapters)
                 tenant.n_bytes = tenant_bytes(checkpoint.trainer, checkpoint.adapters)
@@ -426,6 +430,12 @@ class Residency:
     def _note(self) -> None:
         if self._metrics is not None:
             self._metrics.resident(self.bytes, len(self.resident))
+
+
+def _has_no_schedule(path: Path) -> bool:
+    """Return whether a tenant was saved with a schedule that is a function, which no file holds. Reads the header."""
+    with TensorFile(path, leading_space=False) as file:
+        return read_facts(file).training["schedule"] is None
 
 
 def _is_queued(tenant: Tenant) -> bool:

@@ -45,8 +45,8 @@ class AdapterStore:
         Tenant -> LoraAdapter or AdapterSet to begin with, finite. The store takes a copy, so it may be one for all.
     config : LoraTrainingConfig, optional
         Of new tenants; by default that of `LoraTrainingConfig` with ``log_every=0``. A ``history_limit`` of None is 100
-        here: memory stays flat. A tenant that comes from disk keeps the config it was saved with, but for a
-        ``schedule`` that is a function: that is taken from here.
+        here: memory stays flat. A tenant that comes from disk keeps the config it was saved with. Only where its
+        ``schedule`` was a function, which no file holds, that is taken from here.
     folder : path
         Of this store alone; made if it is not there. Tenants that an earlier store left in it are there again.
     memory_budget : int, bytes
