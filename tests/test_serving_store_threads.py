@@ -12,7 +12,9 @@ from test_threads import run_threads
 from training import make_pair
 
 from cylora import InputError, LoraTrainingConfig, StateError, StoreError
+from cylora.formats import load_checkpoint
 from cylora.serving import AdapterStore
+from cylora.serving.residency import NotNowError
 from cylora.serving.tenant_files import TenantFolder
 
 SECONDS = 60  # against a hang
@@ -286,3 +288,175 @@ def test_interrupted_close_leaves_the_store_open(tmp_path: Path, monkeypatch: py
                     store.close()
             gate.opened.set()
         assert store.step("slow", 1.0, *make_pair()).step == 1
+
+
+# ---------------------------------------------------------------------- flush inside use
+
+LEFT = "another thread is using it, and this one, which is using a tenant itself, must not wait for that"
+
+
+def steps_on_disk(folder: Path) -> dict[str, int]:
+    """Return how many steps of each tenant are in its file."""
+    checkpoints = [load_checkpoint(path, schedule="constant") for path in folder.glob("tenant-*")]
+    return {one.extra["tenant"]: one.trainer.total_steps() for one in checkpoints}
+
+
+def test_threads_that_flush_inside_use_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s")  # no with: it would wait for threads that hang
+    for tenant in "abc":
+        store.create(tenant)
+        store.step(tenant, 1.0, *make_pair())
+    both = threading.Barrier(2)
+
+    def work(tenant: str) -> str:
+        with store.use(tenant):
+            both.wait(SECONDS)
+            with pytest.raises(StoreError) as caught:
+                store.flush()
+            both.wait(SECONDS)
+        return str(caught.value)
+
+    with in_thread(lambda: work("a")) as one, in_thread(lambda: work("b")) as other:
+        pass
+    message = "1 of 3 tenants could not be written and stay in memory, the first {!r}: " + LEFT
+    assert one + other == [message.format("b"), message.format("a")]
+    assert steps_on_disk(tmp_path / "s") == {"a": 1, "b": 1, "c": 1}  # its own, and that of nobody, by each
+    store.flush()
+    assert store.counters()["failed_writes"] == 0
+    store.close()
+
+
+def test_flush_inside_use_waits_for_steps_and_does_not_keep_who_wants_its_tenant_for_ever(tmp_path: Path) -> None:
+    gate = Gate()
+    with gated_store(tmp_path / "s", gate, room=10) as store:
+        for tenant in ("slow", "a"):
+            store.create(tenant)
+
+        def use_and_flush() -> None:
+            with store.use("a") as (trainer, adapters):
+                trainer.step(1.0, adapters, *make_pair())
+                store.flush()
+
+        with in_thread(lambda: store.step("slow", 1.0, *make_pair())) as stepped:
+            assert gate.entered.wait(SECONDS)
+            with in_thread(use_and_flush) as flushed:
+                wait_for(lambda: waiting(store) == 1)
+                with in_thread(lambda: store.step("a", 1.0, *make_pair())) as late:
+                    wait_for(lambda: waiting(store) == 2)
+                    assert flushed == []
+                    gate.opened.set()
+        assert (stepped[0].step, late[0].step, flushed) == (0, 1, [None])
+        assert steps_on_disk(tmp_path / "s")["slow"] == 1
+
+
+def test_flush_inside_use_gives_up_a_tenant_that_is_taken_for_use_meanwhile(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s")
+    for tenant in "ab":
+        store.create(tenant)
+    wants_a = threading.Event()
+
+    def use_both() -> int:
+        with store._acquired("b") as (entry, _, _):
+            wait_for(lambda: waiting(store) == 1)
+            store._memory.pin(entry, is_pinned=True)
+            wants_a.set()
+            with store.use("a") as (trainer, _):
+                steps: int = trainer.total_steps()
+            store._memory.pin(entry, is_pinned=False)
+        return steps
+
+    with in_thread(use_both) as used:
+        wait_for(lambda: store._memory.find("b").owner != 0)
+        with store.use("a") as (trainer, adapters):
+            trainer.step(1.0, adapters, *make_pair())
+            with pytest.raises(StoreError, match=f"the first 'b': {LEFT}"):
+                store.flush()
+            assert wants_a.is_set()
+    assert used == [1]
+    store.close()
+
+
+def test_flush_outside_use_waits_for_who_uses_a_tenant(tmp_path: Path) -> None:
+    with make_store(tmp_path / "s") as store:
+        store.create("a")
+        used, over = threading.Event(), threading.Event()
+
+        def use() -> None:
+            with store.use("a") as (trainer, adapters):
+                used.set()
+                assert over.wait(SECONDS)
+                trainer.step(1.0, adapters, *make_pair())
+
+        with in_thread(use):
+            assert used.wait(SECONDS)
+            with in_thread(store.flush) as flushed:
+                wait_for(lambda: waiting(store) == 1)
+                over.set()
+        assert flushed == [None]
+        assert steps_on_disk(tmp_path / "s") == {"a": 1}
+
+
+def test_flush_inside_a_step_waits_for_nobody(tmp_path: Path) -> None:
+    """A schedule may call anything: two of them that flush would wait for each other's step."""
+    both = threading.Barrier(2)
+    refused: list[str] = []
+
+    def schedule(step: int) -> float:
+        both.wait(SECONDS)
+        try:
+            store.flush()
+        except StoreError as error:
+            refused.append(str(error))
+        both.wait(SECONDS)
+        return 1e-2
+
+    store = make_store(tmp_path / "s", schedule=schedule)
+    for tenant in "ab":
+        store.create(tenant)
+    with (
+        in_thread(lambda: store.step("a", 1.0, *make_pair())) as one,
+        in_thread(lambda: store.step("b", 1.0, *make_pair())) as other,
+    ):
+        pass
+    assert [one[0].step, other[0].step] == [0, 0]
+    assert [message[:55] for message in refused] == ["2 of 2 tenants could not be written and stay in memory,"] * 2
+    assert any(LEFT in message for message in refused)
+    assert list((tmp_path / "s").glob("tenant-*")) == []
+    store.close()
+
+
+def test_flush_inside_use_tries_again_for_a_tenant_that_is_free_by_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make_store(tmp_path / "s") as store:
+        for tenant in "ab":
+            store.create(tenant)
+        own, tried = store._memory.own, []
+
+        def taken_once(name: str, held: list[Any], *, waits: bool = True) -> Any:
+            tried.append(name)
+            if tried == ["a", "b"]:
+                raise NotNowError
+            return own(name, held, waits=waits)
+
+        with store.use("a"), monkeypatch.context() as patch:
+            patch.setattr(store._memory, "own", taken_once)
+            store.flush()
+        assert tried == ["a", "b", "b"]
+        assert steps_on_disk(tmp_path / "s") == {"a": 0, "b": 0}
+
+
+def test_flush_that_the_end_of_the_store_overtakes_is_told_so(tmp_path: Path) -> None:
+    gate = Gate()
+    store = gated_store(tmp_path / "s", gate, room=10)
+    store.create("slow")
+    with in_thread(lambda: store.step("slow", 1.0, *make_pair())):
+        assert gate.entered.wait(SECONDS)
+        with in_thread(store.flush) as flushed:
+            wait_for(lambda: waiting(store) == 1)
+            with in_thread(store.close) as closed:
+                wait_for(lambda: bool(flushed))
+                gate.opened.set()
+    assert isinstance(flushed[0], StateError)
+    assert str(flushed[0]) == "this store is closed"
+    assert closed == [None]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -26,6 +27,7 @@ from cylora.trainer import LoraTrainer
 __all__ = ["AdapterStore"]
 
 HISTORY_LIMIT = 100
+IN_USE = "another thread is using it, and this one, which is using a tenant itself, must not wait for that"
 
 Adapters = LoraAdapter | AdapterSet
 ConfigFor = Callable[[str], LoraTrainingConfig]
@@ -272,7 +274,7 @@ class AdapterStore:
 
         There, whatever a trainer can do may be done; the thread may also step the tenant through the store. Afterwards
         neither of the two may be kept: what is done to them may be lost. A thread that uses several tenants at once
-        should take them in one order, as with locks. Errors as for `step`.
+        should take them in one order, as with locks; for `flush` inside it see there. Errors as for `step`.
         """
         with self._acquired(tenant) as (entry, trainer, adapters):
             was_pinned = entry.is_pinned
@@ -337,30 +339,56 @@ class AdapterStore:
     def flush(self) -> None:
         """Write every tenant whose file is not up to date; those that are being used are waited for.
 
+        Called inside `use`, it writes that tenant too, as it is now, and waits for those that others step, but not for
+        those that other threads have by `use`: they might be waiting for this one's. These count as not written.
+
         Raises
         ------
         StoreError
             If some could not be written. All others are, and those stay in memory.
         """
-        self._memory.require_open()
-        with self._memory.lock:
-            names = [one.name for one in self._memory.resident.values() if one.is_dirty or one.owner]
+        memory, me = self._memory, threading.get_ident()
+        memory.require_open()
+        with memory.lock:
+            names = [one.name for one in memory.resident.values() if one.is_dirty or one.owner]
+            mine = [one.is_pinned for one in memory.resident.values() if one.owner == me]
         failures: list[tuple[str, Exception]] = []
         for name in names:
+            held: list[Tenant] = []
             try:
-                entry = self._memory.own(name, [])
-            except InputError:  # removed meanwhile
-                continue
-            try:
-                self._memory.save(entry)
+                self._own_to_write(name, held, mine)
+                memory.save(held[0])
+            except NotNowError:
+                failures.append((name, StateError(IN_USE)))
             except (OSError, CyloraError) as error:
-                failures.append((name, error))
+                if held:
+                    failures.append((name, error))
+                elif not isinstance(error, InputError):  # else it was removed meanwhile
+                    raise
             finally:
-                self._memory.release([entry])
+                memory.release(held)
         if failures:
             name, first = failures[0]
             count = f"{len(failures)} of {len(names)} tenants could not be written and stay in memory"
             raise StoreError(f"{count}, the first {name!r:.80}: {first}") from first
+
+    def _own_to_write(self, name: str, held: list[Tenant], mine: list[bool]) -> None:
+        """Own a tenant, after waiting for whoever can be waited for with tenants in hand that are ``mine``, or raise.
+
+        They are given as whether each is in `use`. One that is not is in a step, which called this by its schedule or
+        the like: others in `flush` may wait for the end of that, so then nobody is waited for.
+        """
+        memory = self._memory
+        while not held:
+            try:
+                memory.own(name, held, waits=not mine)
+            except NotNowError:
+                with memory.lock:
+                    tenant = memory.find(name)
+                    if tenant.owner:
+                        if tenant.is_pinned or not all(mine):
+                            raise
+                        memory.changed.wait()
 
     def close(self) -> None:
         """Wait for steps under way, write what is to be written, and let go of everything. Closing twice is fine.
