@@ -53,7 +53,7 @@ COMPLETE = ("cylora", "cylora.formats", "cylora.serving", "cylora.integrations.t
 INTERNAL = {
     "Adam": {"for_training", "keep_good", "overridden", "refusal", "state", "to_loss", "to_rate", "too_fast"},
     "LoraConfig": {"for_modules", "require_one_shape"},
-    "LoraTrainer": {"adopt", "is_held_here", "prepared_step"},
+    "LoraTrainer": {"adopt", "bound_optimizer", "is_held_here", "prepared_step"},
     "TrainingHistory": {"buffers", "curves", "make_room"},
 }
 KERNELS = ("dispatch", "_loops", "_fpenv", "threads")  # what other Cython packages may cimport
