@@ -223,15 +223,7 @@ cdef void fetch_pages(const AdamStep* step, Py_ssize_t start, Py_ssize_t stop) n
     After a forward and backward pass all of it is in memory at best. A CPU's own prefetching ends with a page: where the next
     one lies, and that it is wanted, is found out by waiting.
     """
-    cdef Py_ssize_t item = size_of(step.moments.kind), i
-    cdef const Piece* piece
-    cdef const char* g
-    for i in range(step.gradient.count):
-        piece = &step.gradient.pieces[i]
-        g = <const char*> piece.start
-        while g < <const char*> piece.start + piece.n * size_of(piece.kind):
-            fetch_page(g)
-            g += 4096
+    cdef Py_ssize_t item = size_of(step.moments.kind)
     while start < stop:
         fetch_page(step.p + start)
         fetch_page(<const char*> step.moments.m + start * item)
