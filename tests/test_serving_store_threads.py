@@ -272,6 +272,36 @@ def test_close_waits_for_steps_and_turns_away_who_waits(tmp_path: Path) -> None:
         assert trainer.total_steps() == 1
 
 
+def test_two_threads_that_close_inside_use_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s")
+    for tenant in "ab":
+        store.create(tenant)
+
+    def close_inside() -> None:
+        with store.use("a"):
+            store.close()
+
+    def close_inside_too() -> None:
+        with store.use("b"):
+            begun.set()
+            wait_for(lambda: store._memory._closer is not None)
+            assert store.latest("a") is None  # it is open still
+            store.close()
+
+    begun = threading.Event()
+    with in_thread(close_inside_too) as late:
+        assert begun.wait(SECONDS)
+        with in_thread(close_inside) as first:
+            wait_for(lambda: store._memory._closer is not None)
+            with in_thread(store.close) as third:  # uses nothing, so it waits as ever
+                pass
+    assert first == third == [None]
+    with pytest.raises(StateError, match="by another thread, which waits for what this one has in use"):
+        raise late[0]
+    with pytest.raises(StateError, match="this store is closed"):
+        store.latest("a")
+
+
 def test_interrupted_close_leaves_the_store_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate()
     with gated_store(tmp_path / "s", gate, room=10) as store:

@@ -87,9 +87,7 @@ class Residency:
         self.changed = threading.Condition(self.lock)
         self.tenants = {name: Tenant(name) for name in folder.tenants()}
         self.resident: dict[str, Tenant] = {}
-        self._queue: list[
-            Tenant
-        ] = []  # some of them: before all others those that were used least recently, these last
+        self._queue: list[Tenant] = []  # those of them that were used least recently, these last; see `_by_use`
         self._spared: OrderedDict[str, Tenant] = OrderedDict()  # on disk, with a snapshot in memory; the oldest first
         self._spared_bytes = 0
         self.bytes = 0
@@ -405,6 +403,9 @@ class Residency:
         me = threading.get_ident()
         with self.lock:
             while self._closer not in (None, me) and not self.is_closed:
+                if any(tenant.owner == me for tenant in self.tenants.values()):
+                    at_work = "this store is being closed by another thread, which waits for what this one has in use"
+                    raise StateError(f"{at_work}: close it after `use`, not inside")
                 self.changed.wait()
             if self.is_closed or self._closer == me:  # called by a signal handler in the middle of it
                 return False

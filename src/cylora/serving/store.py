@@ -396,6 +396,7 @@ class AdapterStore:
         Raises
         ------
         StoreError   If some tenants could not be written, as for `flush`. The store is open as before.
+        StateError   If another thread is closing it and waits for a tenant that this one has in `use`.
         """
         if self._memory.begin_closing():
             is_closed = False
