@@ -72,4 +72,4 @@ def gradients(tenant: str, step: int) -> tuple[Any, ...]:
 
 def by_use(store: AdapterStore) -> list[str]:
     """Return the names of the tenants in memory, the least recently used first."""
-    return [tenant.name for tenant in store._memory._by_use()]
+    return [tenant.name for tenant in sorted(store._memory.resident.values(), key=lambda one: one.used)]

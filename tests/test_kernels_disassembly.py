@@ -16,7 +16,7 @@ import pytest
 from cylora.optimizer import variants
 
 MODULES = {"baseline": "_baseline", "x86-64-v3": "_x86_64_v3"}
-OTHERS = ("_cpu", "dispatch", "buffers", "arrays", "threads", "task", "adam", "many")
+OTHERS = ("_cpu", "dispatch", "buffers", "arrays", "threads", "task", "adam", "many", "owned")
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 
 # Fused multiply-add (x86: vfmadd132ps, vfnmsub231sd, ...; ARM: fmla, fmadd) and estimates of 1/x and 1/sqrt(x).
@@ -112,8 +112,10 @@ def form_of(loop: list[Instruction]) -> tuple[str, int] | None:
     if any(unpacks(x.name, "wd") for x in wide):
         packs = any(re.match("vpack|vpshufb", x.name) for x in loop)
         return ("bfloat16", compared // roots) if packs else None
-    stores = sum(re.fullmatch(r"%ymm\d+,.*\((?!%rsp).*\)", x.operands) is not None for x in wide)
-    return ("float32", compared // roots) if stores == 3 * roots else None
+    # To the stack goes what registers have no room for; where a function keeps its place in %rbp, by that.
+    bases = [found[1] for x in wide if (found := re.fullmatch(r"%ymm\d+,.*\((%\w+).*\)", x.operands))]
+    is_whole = any(sum(base not in stack for base in bases) == 3 * roots for stack in (("%rsp",), ("%rsp", "%rbp")))
+    return ("float32", compared // roots) if is_whole else None
 
 
 def squares_exactly(function: str, name: str, operands: str) -> bool:

@@ -3,14 +3,16 @@
 import gc
 import random
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from stores import Twin, by_use, gradients, make_store, print_of, size_of
+from stores import CONFIG, Twin, by_use, gradients, make_store, new_adapters, print_of, size_of
 from test_many import Loss, Member, shared  # noqa: F401 - a fixture
+from test_serving_store_threads import in_thread, wait_for, waiting
 from training import fingerprint, make_adapter, make_pair
 
 from cylora import (
@@ -21,6 +23,7 @@ from cylora import (
     LoraTrainingConfig,
     NonFiniteGradientError,
     StateError,
+    StoreError,
     TrainerBusyError,
     TrainingStep,
 )
@@ -197,6 +200,94 @@ def test_names_of_a_kind_of_their_own_are_names_too(tmp_path: Path) -> None:
             assert print_of(store, name) == twins[name].print()
 
 
+def test_tuples_of_a_kind_of_their_own_are_what_is_in_them(tmp_path: Path) -> None:
+    """Whatever they say of their length."""
+
+    class Lying(tuple):
+        __slots__ = ()
+
+        def __len__(self) -> int:
+            return 3
+
+    store, twins = crowd(tmp_path, 2)
+    with store:
+        same = gradients("t0", 3)
+        results = store.step_many([Lying(("t0", *same)), Lying(()), Lying(("t1",)), ("t1", *gradients("t1", 3))])
+        assert results[0] == twins["t0"].step(*same)
+        assert results[3] == twins["t1"].step(*gradients("t1", 3))
+        for result, got in zip(results[1:3], (0, 1), strict=True):
+            with pytest.raises(InputError, match=f"got a tuple of {got}"):
+                raise result
+
+
+def test_config_that_steps_its_tenant_while_that_is_read_brings_it_in_once(tmp_path: Path) -> None:
+    config, inner = LoraTrainingConfig(**CONFIG), []
+
+    def config_for(tenant: str) -> LoraTrainingConfig:
+        if tenant == "a" and is_armed:
+            is_armed.clear()
+            inner.extend(store.step_many([("a", *gradients("a", step)) for step in (1, 2)]))
+        return config
+
+    is_armed: list[bool] = []
+    twin = Twin("a")
+    store = AdapterStore(
+        new_adapters, config_for=config_for, folder=tmp_path / "s", memory_budget=int(2.5 * size_of())
+    )
+    with store:
+        for tenant in "abc":
+            store.create(tenant)  # a leaves
+        is_armed.append(True)
+        results = store.step_many([("a", *gradients("a", step)) for step in (3, 4, 5)])
+        assert inner + results == [twin.step(*gradients("a", step)) for step in (1, 2, 3, 4, 5)]
+        assert store.resident_bytes == size_of() * len(store._memory.resident)
+        assert print_of(store, "a") == twin.print()
+
+
+@pytest.mark.parametrize("which", ["config_for", "new_adapters"])
+def test_flush_while_a_tenant_arrives_does_not_wait_for_who_wants_that(tmp_path: Path, which: str) -> None:
+    config, is_armed, wanted = LoraTrainingConfig(**CONFIG), [], threading.Event()
+    late: list[Any] = []
+
+    def flush() -> None:
+        is_armed.clear()
+        wanted.set()
+        wait_for(lambda: waiting(store) == 1)
+        with pytest.raises(StoreError, match="another thread is using it"):
+            store.flush()
+
+    def config_for(tenant: str) -> LoraTrainingConfig:
+        if which == "config_for" and tenant == "a" and is_armed:
+            flush()
+        return config
+
+    def make(tenant: str) -> Any:
+        if which == "new_adapters" and tenant == "d":
+            flush()
+        return new_adapters(tenant)
+
+    def uses() -> None:
+        with store.use("c"):
+            entered.set()
+            assert wanted.wait(60)
+            late.append(store.step("a" if which == "config_for" else "d", 1.0, *make_pair()))
+
+    entered = threading.Event()
+    store = AdapterStore(make, config_for=config_for, folder=tmp_path / "s", memory_budget=int(2.5 * size_of()))
+    with store:
+        for tenant in "abc":
+            store.create(tenant)
+        is_armed.append(True)
+        with in_thread(uses) as done:
+            assert entered.wait(60)
+            if which == "config_for":
+                store.step("a", 1.0, *make_pair())
+            else:
+                store.create("d")
+        assert done == [None]
+        assert late[0].step == (1 if which == "config_for" else 0)
+
+
 def test_state_loaded_in_use_is_what_the_next_round_goes_on_from(tmp_path: Path) -> None:
     """The optimizer that the store knew refuses then; it looks for the new one."""
     store, twins = crowd(tmp_path)
@@ -303,7 +394,9 @@ def test_take_stops_at_what_it_cannot_have() -> None:
     assert tenants["a"].owner == tenants["b"].owner > 0
     assert current.has_come(tenants["a"])
     assert not current.has_come(tenants["c"])
-    release(current.held)
+    notified: list[int] = []
+    release(threading.Lock(), lambda: notified.append(tenants["a"].owner), current.held)
+    assert notified[0] > 0  # before, under the lock
     assert current.held == []
     assert [(one.owner, one.depth) for one in tenants.values()] == [(0, 0), (0, 0), (0, 0), (1, 0)]
     for jobs_, places in ((jobs, [4]), (jobs, [5]), ([("e", 1.0, None)], [0]), ([("a", 1.0)], [0]), ([[]], [0])):
@@ -323,7 +416,7 @@ def test_what_one_thread_has_already_it_takes_again() -> None:
         assert current.held == [one]
     assert one.depth == 2
     for depth in (1, 0):
-        release(rounds.pop().held)
+        release(threading.Lock(), lambda: None, rounds.pop().held)
         assert one.depth == depth
     assert one.owner == 0
 

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from interrupts import interrupted
 from stores import Twin, by_use, gradients, make_store, print_of, size_of
 from test_fork import in_child
-from test_serving_store_threads import in_thread
+from test_serving_store_threads import in_thread, wait_for
 from training import make_pair
 
-from cylora import StateError, StoreError
+from cylora import InputError, StateError, StoreError
 from cylora.formats import durable, load_checkpoint
 from cylora.serving import AdapterStore, ServingMetrics, tenant_files
 from cylora.serving.tenant import snapshot_bytes
@@ -547,3 +549,71 @@ def test_interrupts_at_random_moments_leave_no_lock_no_owner_and_the_right_accou
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert int(done.stdout) > 100
+
+
+STEPS: dict[str, Callable[[AdapterStore], object]] = {
+    "step": lambda store: store.step("a", *gradients("a", 0)),
+    "step_many": lambda store: store.step_many([(tenant, *gradients(tenant, 0)) for tenant in "abab"]),
+    "publish": lambda store: store.publish("a"),
+    "flush": lambda store: store.flush(),
+    "create": lambda store: store.create("new"),
+    "remove": lambda store: store.remove("b"),
+}
+
+
+@pytest.mark.parametrize("call", STEPS)
+def test_interrupt_as_anything_is_given_back_leaves_nothing_owned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """At each moment near the end of a call that has tenants in hand, or that writes one to make room."""
+    with make_store(tmp_path / "s", room=2.5) as store:
+        for tenant in "abc":
+            store.create(tenant)
+        memory, when = store._memory, 0
+        with monkeypatch.context() as patch:
+            patch.setattr(durable.os, "fsync", lambda fd: None)  # a thousand times would take too long
+            while True:
+                if call == "remove":  # its file may be gone, and it not forgotten yet: then once more
+                    with contextlib.suppress(InputError):
+                        store.remove("b")
+                for name in [name for name in ("new",) if name in store]:
+                    store.remove(name)
+                if "b" not in store:
+                    store.create("b")
+                for tenant in "ab":
+                    store.step(tenant, *gradients(tenant, 0))
+                store.step("c", *gradients("c", 0))  # a or b leaves
+                when += 1 if when < 40 else 17
+                if interrupted(lambda: STEPS[call](store), when) is None:
+                    break
+                assert not memory.lock.locked()
+                for one in memory.tenants.values():
+                    assert (one.owner, one.depth) == (0, 0), (when, one.name)
+        assert when > 20
+
+
+def test_interrupt_as_others_are_told_tells_them_all_the_same(tmp_path: Path) -> None:
+    with make_store(tmp_path / "s") as store:
+        store.create("a")
+        began = threading.Event()
+        with in_thread(lambda: hold_interrupted(store, began)) as held:
+            assert began.wait(60)
+            with in_thread(lambda: store.step("a", *gradients("a", 0))) as stepped:  # would hang, and says so
+                pass
+        assert isinstance(held[0], KeyboardInterrupt)
+        assert [record.step for record in stepped] == [0]
+
+
+def hold_interrupted(store: AdapterStore, began: threading.Event) -> None:
+    """Use a tenant until another thread waits for it, and be interrupted as that is told."""
+    waiters = store._memory.changed._waiters  # type: ignore[attr-defined]
+
+    def interrupt(frame: Any, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code.co_name == "notify_all":
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    with store._acquired("a"):
+        began.set()
+        wait_for(lambda: len(waiters) == 1)
+        sys.setprofile(interrupt)

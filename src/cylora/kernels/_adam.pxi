@@ -275,6 +275,8 @@ cdef inline void update_chunks(
         m, v = <float*> s.m + start, <float*> s.v + start
         update_run(step.p + start, g, m, v, m, v, n, stored, &step.scalars, l2, mode)
         return
+    if step.next != NULL:
+        fetch_next(step.next, start, n)
     stored.noise, stored.shift = step.noise, noise_at(step.scalars.noise_key, step.first_chunk + start // CHUNK)
     if s.kind == BFLOAT16:
         stored.kind = BFLOAT16
@@ -334,8 +336,6 @@ cdef api void update_blocks(const AdamStep* step, Py_ssize_t first, Py_ssize_t l
     cdef const float* g
     while start < stop:
         n = stop - start if step.moments.kind == FLOAT32 else min(stop - start, CHUNK)
-        if step.next != NULL:
-            fetch_next(step.next, start, n)
         g = window(&step.gradient, start, &n, room, CHUNK)
         while n > 0:
             live = 0

@@ -325,7 +325,7 @@ cdef class PreparedAdam:
 
     cdef bint begin_quickly(self, object loss, object grad_a, object grad_b) except -1:
         """Do what `begin` does, or nothing and return False, where that would ask Python: for a rate, a number, memory,
-        an error, or later for a report. No Python code runs here, or in the step until `leave`."""
+        an error, or later for a report. No Python code runs here or in the step until `leave`, but the garbage collector may."""
         cdef int64_t step
         if self.busy or self.retired or self.reporting or self.record_type is None or self.guard is not None:
             return False

@@ -63,8 +63,35 @@ cdef class Owned:
         self.used = clock
 
 
-def release(list held not None):
-    """Give back what this thread has taken; the list is empty then."""
+def release(lock, notify, list held not None):
+    """Give back what this thread has taken, and call ``notify()`` for those who wait; all under the lock.
+
+    An interrupt may come in either; it is raised once nothing is held any more. In compiled code because one that comes as
+    a function of Python begins would leave everything as it is.
+    """
+    cdef object interrupt = None
+    if not held:
+        return
+    while True:
+        try:
+            lock.acquire()
+            break
+        except BaseException as error:  # out of the wait for it
+            interrupt = error
+    try:
+        try:
+            notify()
+        except BaseException as error:
+            interrupt = error
+            notify()
+        _give_back(held)
+    finally:
+        lock.release()
+    if interrupt is not None:
+        raise interrupt
+
+
+cdef void _give_back(list held):
     cdef Owned one
     cdef Py_ssize_t i, n = len(held)
     for i in range(n):
@@ -227,6 +254,9 @@ cdef class Round:
                 close_team()
             fp_leave(fp)
             return self._end(results)
+        except BaseException:
+            self._leave(results)
+            raise
         finally:
             free(self.tasks)
             free(self.of_held)
@@ -282,12 +312,12 @@ cdef class Round:
             self.looked_at = last
 
     cdef void _prepare_one(self, Py_ssize_t i) noexcept:
-        cdef object job = <object> PyList_GET_ITEM(self.jobs, place_at(self.mine, i))
-        cdef object grad_b = <object> PyTuple_GET_ITEM(job, 3) if len(<tuple> job) > 3 else None
+        cdef object job = <object> PyList_GET_ITEM(self.jobs, place_at(self.mine, i)), grad_b
         cdef Owned one = <Owned> PyList_GET_ITEM(self.held, i)
         one.is_dirty = True  # whatever comes of it: at worst a file is written again
-        if one.adam is None:
+        if one.adam is None or not PyTuple_CheckExact(job):  # what a subclass says of its length need not be so
             return
+        grad_b = <object> PyTuple_GET_ITEM(job, 3) if len(<tuple> job) > 3 else None
         try:
             if not one.adam.begin_quickly(<object> PyTuple_GET_ITEM(job, 1), <object> PyTuple_GET_ITEM(job, 2), grad_b):
                 return
@@ -319,10 +349,14 @@ cdef class Round:
             if results[place_at(self.mine, k)] is None:
                 refused.append((self.mine[k], self.adams[i]))
             i += 1
-        try:
-            for place, adam in refused:
-                results[place] = (<PreparedAdam> adam).refused()
-        finally:
-            for _, adam in refused:
-                (<PreparedAdam> adam).leave()
+        for place, adam in refused:
+            results[place] = (<PreparedAdam> adam).refused()
+            (<PreparedAdam> adam).leave()
         return others
+
+    cdef void _leave(self, list results) noexcept:
+        """Leave those that were prepared and have no result."""
+        cdef Py_ssize_t i
+        for i in range(self.prepared):
+            if results[place_at(self.mine, self.of_held[i])] is None:
+                (<PreparedAdam> PyList_GET_ITEM(self.adams, i)).leave()

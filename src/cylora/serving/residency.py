@@ -14,7 +14,8 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,9 +86,11 @@ class Residency:
         self._process = os.getpid()
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)
+        # Let others have what this thread has acquired. No method: it must not begin as a function of Python.
+        self.release: Callable[[list[Tenant]], None] = partial(release, self.lock, self.changed.notify_all)
         self.tenants = {name: Tenant(name) for name in folder.tenants()}
         self.resident: dict[str, Tenant] = {}
-        self._queue: list[Tenant] = []  # those of them that were used least recently, these last; see `_by_use`
+        self._queue: list[Tenant] = []  # those of them that were used least recently, these last; see `_least_used`
         self._spared: OrderedDict[str, Tenant] = OrderedDict()  # on disk, with a snapshot in memory; the oldest first
         self._spared_bytes = 0
         self.bytes = 0
@@ -154,26 +157,20 @@ class Residency:
             self.require_open()
             jobs.take(self.tenants)
 
-    def release(self, held: list[Tenant]) -> None:
-        """Let others have what this thread has acquired."""
-        if not held:
-            return
-        with self.lock:
-            release(held)
-            self.changed.notify_all()
-
     # ------------------------------------------------------------------ into memory
 
-    def begin(self, name: str) -> Tenant:
+    def begin(self, name: str, held: list[Tenant]) -> Tenant:
         """Return a new tenant that this thread owns and that is nowhere yet; InputError if there is one of the name."""
         self.require_open()
+        me = threading.get_ident()
         is_left = self._folder.file(name).exists()  # put there by somebody else: not ours to replace
         with self.lock:
             self.require_open()
             if name in self.tenants or is_left:
                 raise InputError(f"tenant must be new to be created, got {name!r:.80}")
             tenant = self.tenants[name] = Tenant(name)
-            tenant.owner, tenant.depth = threading.get_ident(), 1
+            tenant.owner, tenant.depth = me, 1
+            held.append(tenant)
         return tenant
 
     def settle(self, tenant: Tenant, trainer: LoraTrainer, adapters: LoraAdapter | AdapterSet) -> None:
@@ -201,6 +198,8 @@ class Residency:
             try:
                 self.reserve(expected, room, waits=waits)
                 config = self._config_of(tenant.name)
+                if tenant.trainer is not None:  # that has stepped it, and with that brought it in
+                    return
                 is_lost = callable(config.schedule) and _has_no_schedule(self._folder.file(tenant.name))
                 changes = {"schedule": config.schedule} if is_lost else {}
                 checkpoint = self._folder.load(tenant.name, **changes)
@@ -227,6 +226,7 @@ class Residency:
         n_bytes = tenant_bytes(trainer, adapters)
         total = self.bytes + n_bytes - room[0]
         tenant.touch()
+        tenant.adam = None
         tenant.trainer, tenant.adapters, tenant.layout = trainer, adapters, adapters.flat.layout
         tenant.n_bytes, self.bytes, room[0], self.resident[tenant.name] = n_bytes, total, 0, tenant
         self._arriving.discard(threading.get_ident())
@@ -297,12 +297,16 @@ class Residency:
 
     def _victim(self, n_bytes: int, waits: bool, stuck: dict[str, Exception]) -> Tenant | None:
         """Return who is to leave memory next, or None if there is room."""
+        # A disk that took one file no more takes no other either: then only those leave that need no writing.
+        is_full = any(isinstance(error, OSError) for error in stuck.values())
+
+        def may_leave(one: Tenant) -> bool:
+            return not one.owner and one.name not in stuck and not (is_full and one.is_dirty)
+
         while self.bytes + n_bytes > self.budget:
-            # A disk that took one file no more takes no other either: then only those leave that need no writing.
-            is_full = any(isinstance(error, OSError) for error in stuck.values())
-            for tenant in self._by_use():
-                if not tenant.owner and tenant.name not in stuck and not (is_full and tenant.is_dirty):
-                    return tenant
+            victim = self._least_used(may_leave)
+            if victim is not None:
+                return victim
             if self._spared:
                 self._drop_oldest_snapshot()
             elif not waits:
@@ -319,8 +323,8 @@ class Residency:
                 raise StoreError(f"{missing}: all other tenants in memory are in use")
         return None
 
-    def _by_use(self) -> Iterator[Tenant]:
-        """Yield the tenants in memory, the least recently used first.
+    def _least_used(self, may_leave: Callable[[Tenant], bool]) -> Tenant | None:
+        """Return the tenant in memory that was used least recently of those that may leave it.
 
         A use only leaves its number behind. So they are sorted anew when those that are still where the last sorting
         put them are through: at most once for as many uses as there are tenants.
@@ -328,14 +332,15 @@ class Residency:
         queue = self._queue
         while queue and not _is_queued(queue[-1]):
             queue.pop()
-        yield from filter(_is_queued, reversed(queue))
-        others = sorted(
-            (one for one in self.resident.values() if not _is_queued(one)), key=lambda one: one.used, reverse=True
-        )
+        for tenant in reversed(queue):
+            if _is_queued(tenant) and may_leave(tenant):
+                return tenant
+        others = [one for one in self.resident.values() if not _is_queued(one)]
+        others.sort(key=lambda one: one.used, reverse=True)
         self._queue = others + [one for one in queue if _is_queued(one)]
         for one in others:
             one.queued = one.used
-        yield from reversed(others)
+        return next(filter(may_leave, reversed(others)), None)
 
     def _others_at_work(self) -> bool:
         me = threading.get_ident()

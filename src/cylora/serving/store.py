@@ -125,8 +125,9 @@ class AdapterStore:
         StoreError
             If there is no room. No tenant was created.
         """
-        entry = self._memory.begin(checked_name(tenant))
+        name, held = checked_name(tenant), list[Tenant]()
         try:
+            entry = self._memory.begin(name, held)
             given = self._new_adapters(tenant)
             if not isinstance(given, Adapters):
                 got = f"{type(given).__name__} for {tenant!r:.80}"
@@ -135,10 +136,11 @@ class AdapterStore:
             trainer = LoraTrainer(self._config_of(tenant))
             self._memory.settle(entry, trainer, given.with_parameters(given.flat.vector))
         except BaseException:
-            self._memory.forget(entry)
+            if held:
+                self._memory.forget(held[0])
             raise
         finally:
-            self._memory.release([entry])
+            self._memory.release(held)
 
     def remove(self, tenant: str) -> None:
         """Forget a tenant, in memory and on disk; waits for who is using it. Its name is free again.
@@ -149,15 +151,16 @@ class AdapterStore:
         StateError   If this thread is using it.
         OSError      If its file cannot be removed. The tenant is as before.
         """
-        entry = self._memory.own(tenant, [])
+        held: list[Tenant] = []
         try:
+            entry = self._memory.own(tenant, held)
             if entry.depth > 1:
                 raise StateError(f"a tenant must not be in use to be removed, got {tenant!r:.80}, used by this thread")
             entry.is_dirty = True  # should the sync fail after the file is gone
             self._folder.remove(tenant)
             self._memory.forget(entry)
         finally:
-            self._memory.release([entry])
+            self._memory.release(held)
 
     def __contains__(self, tenant: object) -> bool:
         return isinstance(tenant, str) and tenant in self._memory.tenants
@@ -222,10 +225,7 @@ class AdapterStore:
                 self._gather(current, jobs, results)
                 self._step_held(current, jobs, results)
             finally:
-                try:
-                    self._memory.release(current.held)
-                finally:  # again, should an interrupt have come as that began
-                    self._memory.release(current.held)
+                self._memory.release(current.held)
         return current.later
 
     def _gather(self, current: Round, jobs: list[Any], results: Outcomes) -> None:
@@ -236,7 +236,8 @@ class AdapterStore:
                 return
             place, held = current.place, current.held
             try:
-                entry = self._memory.find(_checked_job(jobs[place])[0])
+                job = jobs[place] = _checked_job(jobs[place])
+                entry = self._memory.find(job[0])
                 if current.has_come(entry):
                     current.postpone(entry)
                     continue
@@ -351,7 +352,7 @@ class AdapterStore:
         memory.require_open()
         with memory.lock:
             names = [one.name for one in memory.resident.values() if one.is_dirty or one.owner]
-            mine = [one.is_pinned for one in memory.resident.values() if one.owner == me]
+            mine = [one.is_pinned for one in memory.tenants.values() if one.owner == me]
         failures: list[tuple[str, Exception]] = []
         for name in names:
             held: list[Tenant] = []
@@ -432,12 +433,9 @@ class AdapterStore:
     def _acquired(self, tenant: str) -> Iterator[tuple[Tenant, LoraTrainer, Adapters]]:
         held: list[Tenant] = []
         try:
-            try:
-                entry = self._memory.acquire(tenant, held)
-                yield entry, entry.trainer, entry.adapters  # type: ignore[misc]
-            finally:
-                self._memory.release(held)
-        finally:  # again, should an interrupt have come as that began
+            entry = self._memory.acquire(tenant, held)
+            yield entry, entry.trainer, entry.adapters  # type: ignore[misc]
+        finally:
             self._memory.release(held)
 
     def _layout(self, tenant: str) -> Any:
@@ -463,7 +461,9 @@ def _bounded(config: Any) -> LoraTrainingConfig:
 
 
 def _checked_job(job: Any) -> tuple[Any, ...]:
-    """Return a job, or raise InputError if it has not the form of one."""
+    """Return a job as a plain tuple, or raise InputError if it has not the form of one."""
+    if isinstance(job, tuple):
+        job = tuple(job)  # what a subclass says of its length need not be so
     if not isinstance(job, tuple) or not 3 <= len(job) <= 4:
         got = f"a tuple of {len(job)}" if isinstance(job, tuple) else type(job).__name__
     elif not isinstance(job[0], str):
