@@ -1,6 +1,7 @@
 """A process forked from one that trains: it goes on with whole trainers, and refuses a half-stepped one."""
 
 import os
+import sys
 import threading
 import time
 import traceback
@@ -18,8 +19,13 @@ TOO_LATE = 3
 
 def in_child(work):
     """Run ``work`` in a forked child; return what its exit code says."""
+    # What measures coverage has a lock, which another thread may hold at the fork: nothing is traced in the child.
+    tracing = sys.gettrace()
+    sys.settrace(None)
     child = os.fork()
-    if child == 0:
+    if child != 0:
+        sys.settrace(tracing)
+    else:
         code = 1
         try:
             work()

@@ -219,7 +219,6 @@ def test_children_forked_at_any_moment_read_whole_versions_and_never_hang(
     refused = 7
 
     def child() -> None:
-        sys.settrace(None)  # coverage has a lock of its own, which another thread may have held at the fork
         snapshot = crowd.publisher.latest
         crowd.value_of(snapshot, snapshot.vector)
         try:
