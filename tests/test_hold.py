@@ -3,7 +3,8 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -267,15 +268,15 @@ def test_a_hold_whose_time_is_up_is_refused_and_steps_go_on_as_before() -> None:
 
 
 @contextlib.contextmanager
-def trainer_busy(trainer: LoraTrainer) -> Iterator[None]:
-    """Let another thread be in a step of it."""
+def elsewhere(call: Callable[[Callable[[], None]], object]) -> Iterator[None]:
+    """Let another thread be inside ``call(function)``, which calls the function."""
     inside, go_on = threading.Event(), threading.Event()
 
     def wait() -> None:
         inside.set()
         assert go_on.wait(60)
 
-    thread = threading.Thread(target=lambda: trainer._adam.exclusively(wait))
+    thread = threading.Thread(target=call, args=(wait,))
     thread.start()
     assert inside.wait(60)
     try:
@@ -283,6 +284,16 @@ def trainer_busy(trainer: LoraTrainer) -> Iterator[None]:
     finally:
         go_on.set()
         thread.join(60)
+
+
+def trainer_busy(trainer: LoraTrainer) -> AbstractContextManager[None]:
+    """Let another thread be in a step of it."""
+    return elsewhere(trainer._adam.exclusively)
+
+
+def held_elsewhere(trainer: LoraTrainer, adapters: Any) -> AbstractContextManager[None]:
+    """Let another thread be inside a hold of it."""
+    return elsewhere(lambda wait: trainer.hold(adapters, lambda _: wait()))
 
 
 def test_a_step_that_is_refused_leaves_no_mark_for_holds_to_wait_for() -> None:
@@ -340,25 +351,6 @@ def test_a_child_forked_during_a_step_is_told_so_at_once(monkeypatch: pytest.Mon
 
 def test_an_unbound_trainer_is_held_at_once() -> None:
     assert make_trainer().hold(make_adapter(), lambda state: state.adam, timeout=60) is None
-
-
-@contextlib.contextmanager
-def held_elsewhere(trainer: LoraTrainer, adapters: Any) -> Iterator[None]:
-    """Let another thread be inside a hold of it."""
-    inside, go_on = threading.Event(), threading.Event()
-
-    def wait(_: TrainerState) -> None:
-        inside.set()
-        assert go_on.wait(60)
-
-    thread = threading.Thread(target=lambda: trainer.hold(adapters, wait))
-    thread.start()
-    assert inside.wait(60)
-    try:
-        yield
-    finally:
-        go_on.set()
-        thread.join(60)
 
 
 @pytest.mark.parametrize("steps", [0, 3])

@@ -22,6 +22,7 @@ ALLOWED = {
     "overrides": {"checks", "config", "lora_config"},
     "early_stopping": {"errors", "checks"},
     "running_median": set(),
+    "locks": {"errors"},
     "flat": {"errors", "checks"},
     "schedule": {"errors", "checks", "config"},
     "parts": {"errors", "config", "flat", "patterns"},
@@ -43,7 +44,7 @@ NOT_FOR_STEPS = INNER | {"trackers"}
 ALLOWED["state"] = {*ALLOWED} - NOT_FOR_STEPS
 ALLOWED["trainer"] = {*ALLOWED} - NOT_FOR_STEPS
 ALLOWED["many"] = {*ALLOWED} - NOT_FOR_STEPS
-PUBLIC = {*ALLOWED} - INNER - {"checks", "accumulation", "good_state", "parts", "reporting", "state", "watch"}
+PUBLIC = {*ALLOWED} - INNER - {"checks", "accumulation", "good_state", "locks", "parts", "reporting", "state", "watch"}
 ALLOWED["package"] = PUBLIC  # cylora/__init__.py
 ABOVE = {*ALLOWED} - {"kernels"}  # what the parts above the trainer may use; "package" for the version
 ALLOWED["formats"] = ABOVE

@@ -177,12 +177,16 @@ def test_bad_job_is_an_error_in_its_place_and_touches_nobody(
 
 def test_tenant_that_comes_again_is_stepped_again_in_order(tmp_path: Path) -> None:
     store, twins = crowd(tmp_path)
-    names = [*twins, "t3", "t149", "t3", *list(twins)[:70], "t3"]
+    steps_of(store, twins, [*twins, "t3", "t149", "t3", *list(twins)[:70], "t3"])
+
+
+def steps_of(store: AdapterStore, twins: dict[str, Twin], names: list[str]) -> None:
+    """Step tenants together and their twins in this order, and compare all, too."""
     jobs = [(name, float(index), *make_pair(index)) for index, name in enumerate(names)]
     with store:
         assert store.step_many(jobs) == [twins[name].step(*rest) for name, *rest in jobs]
-        for name in names:
-            assert print_of(store, name) == twins[name].print()
+        for name, twin in twins.items():
+            assert print_of(store, name) == twin.print()
 
 
 def test_names_of_a_kind_of_their_own_are_names_too(tmp_path: Path) -> None:
@@ -192,12 +196,7 @@ def test_names_of_a_kind_of_their_own_are_names_too(tmp_path: Path) -> None:
         __slots__ = ()
 
     store, twins = crowd(tmp_path, 5)
-    names = ["t0", Name("t1"), "t2", Name("t1"), Name("t0"), "t3", "t2", "t1"]
-    jobs = [(name, float(index), *make_pair(index)) for index, name in enumerate(names)]
-    with store:
-        assert store.step_many(jobs) == [twins[name].step(*rest) for name, *rest in jobs]
-        for name in twins:
-            assert print_of(store, name) == twins[name].print()
+    steps_of(store, twins, ["t0", Name("t1"), "t2", Name("t1"), Name("t0"), "t3", "t2", "t1"])
 
 
 def test_tuples_of_a_kind_of_their_own_are_what_is_in_them(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from cylora.early_stopping import EarlyStopping
 from cylora.errors import ConfigError, InputError, StateError, TrainerBusyError
 from cylora.flat import FloatArray
 from cylora.history import TrainingHistory, TrainingStep
+from cylora.locks import call_locked
 from cylora.optimizer import Adam, check_rate
 from cylora.overrides import AdamParams
 from cylora.parts import max_rate
@@ -337,22 +338,8 @@ class LoraTrainer:
         deadline, binding = time.monotonic() + seconds, self._binding
         while seconds > 0 and self._kept_waiting and time.monotonic() < deadline:
             time.sleep(PAUSE)  # holds without a pause would keep steps away
-        # A plain ``with`` alone leaves no moment at which an interrupt could keep the lock, but waits without a limit.
-        # So it takes a lock that this thread has by then once more, and the first time is given back inside.
-        is_twice = timeout is not None and not binding._is_owned()
-        if is_twice:
-            try:
-                left = min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
-                is_free = binding.acquire(timeout=left)
-            except BaseException:
-                if binding._is_owned():  # the interrupt came after the lock
-                    binding.release()
-                raise
-            if not is_free:
-                raise TrainerBusyError("this trainer is busy: another thread held it all the time")
-        with binding:
-            if is_twice:
-                binding.release()
+
+        def alone() -> _Result:
             adam = self._adam
             if adam is None:
                 return function()
@@ -364,6 +351,9 @@ class LoraTrainer:
                 return _exclusively(adam, function, deadline)
             finally:
                 self._open = self._adapters
+
+        left = None if timeout is None else max(0.0, deadline - time.monotonic())
+        return call_locked(binding, alone, left, "this trainer is busy: another thread held it all the time")
 
     # ------------------------------------------------------------------ what happened so far
 

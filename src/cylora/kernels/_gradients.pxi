@@ -84,7 +84,6 @@ cdef inline Py_ssize_t size_of(int kind) noexcept nogil:
 
 cdef extern from *:
     """
-    #define cylora_prefetch(memory) __builtin_prefetch((memory), 0, 3)
     /* Not into the first cache. Apart from the loop over chunks, which inlining would make a tenth slower. The empty statement
        has an effect, for all that GCC knows: of what only prefetches it would leave out the calls. */
     static __attribute__((noinline)) void cylora_fetch_runs(
@@ -98,7 +97,6 @@ cdef extern from *:
         for (i = 0; i < g_item * n; i += 64) __builtin_prefetch(g + i, 0, 2);
     }
     """
-    void prefetch "cylora_prefetch"(const void* memory) noexcept nogil
     void fetch_runs "cylora_fetch_runs"(
         const char* p, const char* m, const char* v, const char* g, Py_ssize_t n, Py_ssize_t item, Py_ssize_t g_item
     ) noexcept nogil
@@ -213,8 +211,8 @@ cdef enum:
 
 
 cdef inline void fetch_page(const void* memory) noexcept nogil:
-    prefetch(memory)
-    prefetch(<const char*> memory + 64)
+    fetch(memory)
+    fetch(<const char*> memory + LINE)
 
 
 cdef void fetch_pages(const AdamStep* step, Py_ssize_t start, Py_ssize_t stop) noexcept nogil:

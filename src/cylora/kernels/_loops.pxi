@@ -13,6 +13,7 @@ from libc.float cimport FLT_MIN
 from libc.math cimport INFINITY, sqrt
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
+from cylora.kernels._fetch cimport LINE, fetch
 from cylora.kernels._loops cimport (
     BFLOAT16, BLOCK, CHUNK, EIGHT_BIT, FLOAT16, FLOAT32, LANES, AdamRule, AdamScalars, AdamStep, Gradient, Moments, NormState,
     Piece,

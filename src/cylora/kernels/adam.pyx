@@ -16,6 +16,7 @@ from libc.math cimport exp
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
+from cylora.kernels._fetch cimport LINE, fetch
 from cylora.kernels._fpenv cimport fp_enter, fp_leave
 from cylora.kernels._loops cimport BLOCK, CHUNK, EIGHT_BIT, FLOAT32, AdamRule, Moments, Piece
 from cylora.kernels.buffers cimport acquire_gradient, overlap, takes_gradient
@@ -29,11 +30,9 @@ cdef extern from *:
     """
     #define cylora_alloc(type, items) (type)->tp_alloc((type), (items))
     #define cylora_set_float(object, value) (((PyFloatObject *) (object))->ob_fval = (value))
-    #define cylora_fetch(memory) __builtin_prefetch((memory), 0, 3)
     """
     object allocate "cylora_alloc"(PyTypeObject* kind, Py_ssize_t items)
     void set_float "cylora_set_float"(PyObject* number, double value) noexcept
-    void fetch "cylora_fetch"(const void* memory) noexcept nogil
 
 cdef extern from "Python.h":
     void untrack "PyObject_GC_UnTrack"(PyObject* record) noexcept
@@ -53,7 +52,6 @@ cdef enum:
     # Elements up to which the GIL stays held: at most some 5 us. Letting go and retaking it would cost 0.05 us, a tenth of
     # a step of a small adapter, and other threads could do nothing in between.
     GIL_SIZE = 8192
-    LINE = 64   # bytes that a cache holds together
 
 
 cdef class PreparedAdam:

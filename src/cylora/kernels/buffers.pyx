@@ -12,6 +12,7 @@ from cpython.buffer cimport (
 )
 from cpython.exc cimport PyErr_Clear, PyErr_ExceptionMatches
 from cpython.object cimport PyObject, PyTypeObject
+from cylora.kernels._fetch cimport fetch
 from cylora.kernels._loops cimport BFLOAT16, FLOAT16, FLOAT32, Piece
 from cylora.kernels.dlpack cimport Tensor, borrow_tensor
 
@@ -34,7 +35,6 @@ cdef extern from *:
         int flags;
     } cylora_ndarray;
     #define CYLORA_NDARRAY(object) ((cylora_ndarray *) (object))
-    #define cylora_fetch(memory) __builtin_prefetch((memory), 0, 3)
     static int cylora_has_release(PyTypeObject *type) {
         return type->tp_as_buffer == NULL || type->tp_as_buffer->bf_releasebuffer != NULL;
     }
@@ -53,7 +53,6 @@ cdef extern from *:
         Py_ssize_t* dimensions
         PyObject* descr
         int flags
-    void fetch "cylora_fetch"(const void* memory) noexcept nogil
     NdArray* ndarray_of "CYLORA_NDARRAY"(object array) noexcept nogil
     bint has_release "cylora_has_release"(PyTypeObject* kind) noexcept
 

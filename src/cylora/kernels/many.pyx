@@ -4,15 +4,13 @@ from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free, malloc, qsort
 from cylora.kernels._fpenv cimport fp_enter, fp_leave
 from cylora.kernels.adam cimport PreparedAdam
-from cylora.kernels.task cimport Task, carry_out
+from cylora.kernels.task cimport Task, carry_out, expected_us
 from cylora.kernels.threads cimport close_team, open_team, share
 
 from cylora.errors import InputError, StateError
 
 cdef enum:
     WAVE = 32   # steps carried out, then recorded, while what they touched is still in the cache
-
-cdef double STEP_US = 1.0, ELEMENT_US = 0.4e-3  # what one thread takes for a step: as a rule, to judge what sharing is worth
 
 
 cdef void _carry_out_some(void* context, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
@@ -59,7 +57,7 @@ cdef bint _share_out(Task** tasks, Py_ssize_t count, int threads) noexcept nogil
     if threads < 2:
         return False
     for i in range(count):
-        work += STEP_US + ELEMENT_US * tasks[i].n
+        work += expected_us(tasks[i].n)
     # Two trainers of one adapter go one after the other, in the order given.
     if _overlap(tasks, count) or not open_team(threads, work):
         return False

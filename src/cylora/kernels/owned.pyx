@@ -11,30 +11,22 @@ from cpython.tuple cimport PyTuple_CheckExact, PyTuple_GET_ITEM
 from cpython.unicode cimport PyUnicode_CheckExact
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
+from cylora.kernels._fetch cimport LINE, fetch
 from cylora.kernels._fpenv cimport fp_enter, fp_leave
 from cylora.kernels.adam cimport PreparedAdam
 from cylora.kernels.buffers cimport fetch_shape
-from cylora.kernels.task cimport Task, carry_out
+from cylora.kernels.task cimport Task, carry_out, expected_us
 from cylora.kernels.threads cimport close_team, finish, hand_out, open_team
-
-cdef extern from *:
-    """
-    #define cylora_fetch(memory) __builtin_prefetch((memory), 0, 3)
-    """
-    void fetch "cylora_fetch"(const void* memory) noexcept nogil
 
 cdef extern from "Python.h":
     unsigned long this_thread "PyThread_get_thread_ident"()
 
 cdef enum:
     GROUP = 64      # looked at together, carried out together, recorded together
-    LINE = 64       # bytes that a cache holds together
 
 cdef struct Group:      # of steps that several threads may share
     Task** tasks
     Py_ssize_t count
-
-cdef double STEP_US = 1.0, ELEMENT_US = 0.4e-3  # what one thread takes for a step: as a rule, to judge what sharing is worth
 
 cdef long long clock = 0    # of uses
 
@@ -243,7 +235,7 @@ cdef class Round:
             self.prepared = self.looked_at = 0
             for i in range(min(n, GROUP)):
                 one = <Owned> PyList_GET_ITEM(self.held, i)
-                work += STEP_US + (0.0 if one.adam is None else ELEMENT_US * one.adam.n)
+                work += expected_us(0 if one.adam is None else one.adam.n)
             if n > GROUP:
                 work *= <double> n / GROUP
             fp = fp_enter()

@@ -38,3 +38,6 @@ cdef void lay_out(Task* task) noexcept nogil
 # The steps below come between ``fp_enter`` and ``fp_leave``.
 cdef void measure(Task* task) noexcept nogil    # norm, and what is not finite
 cdef void carry_out(Task* task) noexcept nogil  # norm, and if it is within the limit the update of all parts
+
+# What one thread takes for a step over n elements, in microseconds: as a rule, to judge what sharing many is worth.
+cdef double expected_us(Py_ssize_t n) noexcept nogil

@@ -12,6 +12,12 @@ from cylora.kernels.threads cimport close_team, open_team, share
 
 # One thread's work in microseconds for each element, inside the caches: what a second thread is worth is judged by it.
 cdef double NORM_US = 0.05e-3, UPDATE_US = 0.3e-3
+# The same with what surrounds a step, and where little of it is in a cache.
+cdef double STEP_US = 1.0, ELEMENT_US = 0.4e-3
+
+
+cdef double expected_us(Py_ssize_t n) noexcept nogil:
+    return STEP_US + ELEMENT_US * n
 
 
 cdef extern from *:

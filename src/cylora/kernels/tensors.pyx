@@ -13,6 +13,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.stdint cimport UINTPTR_MAX, int64_t, uint64_t
 from libc.stdlib cimport calloc, free, qsort
 from cylora.kernels._dlpack cimport DLTensor, Exchange
+from cylora.kernels._fetch cimport LINE, fetch
 from cylora.kernels._fpenv cimport fp_enter, fp_leave
 from cylora.kernels._loops cimport BFLOAT16, BLOCK, FLOAT16, FLOAT32, AdamRule, Moments
 from cylora.kernels.task cimport Part, Task, carry_out, lay_out
@@ -26,11 +27,9 @@ cdef extern from *:
     """
     #define cylora_reraise() (-1)
     #define cylora_keys(dict) ((const char *) ((PyDictObject *) (dict))->ma_keys)
-    #define cylora_fetch(memory) __builtin_prefetch((memory), 0, 3)
     """
     int reraise "cylora_reraise"() except -1
     const char* keys_of "cylora_keys"(PyObject* dict) noexcept
-    void fetch "cylora_fetch"(const void* memory) noexcept
 
 cdef enum:                  # of DLPack
     MAJOR = 1
@@ -42,7 +41,6 @@ cdef enum:
     GIL_SIZE = 8192         # elements up to which the GIL stays held, as in adam.pyx
     LAST_COUNT = 1 << 24    # a float32 counts no further: one more is rounded back
     AHEAD = 8               # tensors between asking for the objects that belong to one and looking at them
-    LINE = 64               # bytes that a cache holds together
 
 cdef struct Slot:           # a tensor
     PyObject* tensor

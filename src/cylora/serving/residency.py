@@ -16,14 +16,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 from cylora.adapter import AdapterSet, LoraAdapter
 from cylora.config import LoraTrainingConfig
 from cylora.errors import CyloraError, InputError, StateError, StoreError
-from cylora.formats.checkpoint_facts import read_facts
-from cylora.formats.container import TensorFile
 from cylora.optimizer import Round, release
 from cylora.serving.snapshot import AdapterSnapshot
 from cylora.serving.tenant import OBJECT_BYTES, Tenant, share_configs, snapshot_bytes, tenant_bytes
@@ -200,7 +197,7 @@ class Residency:
                 config = self._config_of(tenant.name)
                 if tenant.trainer is not None:  # that has stepped it, and with that brought it in
                     return
-                is_lost = callable(config.schedule) and _has_no_schedule(self._folder.file(tenant.name))
+                is_lost = callable(config.schedule) and self._folder.lacks_schedule(tenant.name)
                 changes = {"schedule": config.schedule} if is_lost else {}
                 checkpoint = self._folder.load(tenant.name, **changes)
                 share_configs(config, checkpoint.trainer, checkpoint.adapters)
@@ -436,12 +433,6 @@ class Residency:
     def _note(self) -> None:
         if self._metrics is not None:
             self._metrics.resident(self.bytes, len(self.resident))
-
-
-def _has_no_schedule(path: Path) -> bool:
-    """Return whether a tenant was saved with a schedule that is a function, which no file holds. Reads the header."""
-    with TensorFile(path, leading_space=False) as file:
-        return read_facts(file).training["schedule"] is None
 
 
 def _is_queued(tenant: Tenant) -> bool:

@@ -19,6 +19,8 @@ from cylora import checks
 from cylora.adapter import AdapterSet, LoraAdapter
 from cylora.errors import FormatError, StateError
 from cylora.formats.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from cylora.formats.checkpoint_facts import read_facts
+from cylora.formats.container import TensorFile
 from cylora.formats.durable import remove_leftovers
 from cylora.serving.tenant_names import file_name, tenant_of
 from cylora.trainer import LoraTrainer
@@ -79,6 +81,11 @@ class TenantFolder:
             raise FormatError(f"{path}: the extra value 'tenant' must be {tenant!r}, as the name has it, got {got:.80}")
         checks.integer(f"{path}: the extra value 'version'", checkpoint.extra.get("version"), 0, error=FormatError)
         return checkpoint
+
+    def lacks_schedule(self, tenant: str) -> bool:
+        """Return whether a tenant was saved with a function as schedule, which no file holds; reads the header."""
+        with TensorFile(self.file(tenant), leading_space=False) as file:
+            return read_facts(file).training["schedule"] is None
 
     def remove(self, tenant: str) -> None:
         """Remove a tenant's file, durably, if there is one; OSError if it cannot be removed."""

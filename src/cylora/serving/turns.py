@@ -1,18 +1,12 @@
-"""Turns: one call at a time, of all threads of a process.
-
-(a) The lock is given back by a plain ``with`` alone: CPython looks for an interrupt neither between taking the lock and
-    the beginning of the block, nor between its end and giving the lock back. A context manager of Python code has such
-    moments, and keeps the lock for as long as anybody keeps the exception with its traceback.
-(b) A ``with`` waits for ever. So the bounded wait comes before it, and the ``with`` takes the lock, which is
-    re-entrant, once more; the first time is given back inside.
-"""
+"""Turns: one call at a time, of all threads of a process."""
 
 import os
 import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from cylora.errors import StateError, TrainerBusyError
+from cylora.errors import StateError
+from cylora.locks import call_locked
 
 __all__ = ["Turns"]
 
@@ -37,14 +31,5 @@ class Turns:
         if lock._is_owned():  # type: ignore[attr-defined]  # as threading.Condition asks, too
             at_work = "this publisher is at work further up this call stack"
             raise StateError(f"{at_work}: a hook, metrics or a signal handler must not publish or change it")
-        try:
-            is_free = lock.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
-        except BaseException:
-            if lock._is_owned():  # type: ignore[attr-defined]  # the interrupt came after the lock
-                lock.release()
-            raise
-        if not is_free:
-            raise TrainerBusyError("this publisher is busy: another thread was publishing, or in a hook, all the time")
-        with lock:
-            lock.release()
-            return function()
+        busy = "this publisher is busy: another thread was publishing, or in a hook, all the time"
+        return call_locked(lock, function, timeout, busy)
