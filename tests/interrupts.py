@@ -1,5 +1,6 @@
 """Interrupts at chosen moments."""
 
+import gc
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -11,7 +12,7 @@ def interrupted(call: Callable[[], object], when: int) -> BaseException | None:
     """Interrupt ``call`` at one of the moments at which CPython looks for signals; None if it has fewer.
 
     They are where a function of Python begins and where one of C has returned (and where a loop goes round, which is
-    not tried).
+    not tried). The collector waits meanwhile: whoever is called when it begins, such as Hypothesis, is not under test.
     """
     left = when
 
@@ -22,7 +23,8 @@ def interrupted(call: Callable[[], object], when: int) -> BaseException | None:
             if left == 0:
                 raise KeyboardInterrupt
 
-    before = sys.getprofile()
+    before, collects = sys.getprofile(), gc.isenabled()
+    gc.disable()
     sys.setprofile(profile)
     try:
         call()
@@ -30,4 +32,6 @@ def interrupted(call: Callable[[], object], when: int) -> BaseException | None:
         return error
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()
     return None

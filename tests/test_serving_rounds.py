@@ -440,3 +440,36 @@ def test_steps_are_logged_as_single_ones_are(
                 store.step_many([("a", 1.0, *make_pair())])
     logged = [record.getMessage().split(":")[0] for record in caplog.records]
     assert logged == (["step 1", "step 3"] if config["log_every"] else [])
+
+
+# ------------------------------------------------------------------ the collector
+
+
+def test_a_collection_during_a_round_passes_its_lists_by_and_none_after_it_does(tmp_path: Path) -> None:
+    jobs = tuple((str(index), *gradients(str(index), 0)) for index in range(COUNT))
+    seen: list[int] = []
+
+    def lists() -> int:
+        return sum(type(one) is list and len(one) == COUNT for one in gc.get_objects())
+
+    def look(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            seen.append(lists())
+
+    with make_store(tmp_path, room=2 * COUNT) as store:
+        for name, *_ in jobs:
+            store.create(name)
+        store.step_many(jobs)  # the first goes another way
+        threshold = gc.get_threshold()
+        gc.collect()
+        before = lists()
+        gc.callbacks.append(look)
+        gc.set_threshold(COUNT // 2)  # so that the first collection comes after as many records, until CPython 3.11
+        try:
+            results = store.step_many(jobs)
+        finally:
+            gc.set_threshold(*threshold)
+            gc.callbacks.remove(look)
+        assert all(isinstance(result, TrainingStep) for result in results)
+        assert seen[0] == before or sys.version_info >= (3, 12)
+        assert gc.is_tracked(results)

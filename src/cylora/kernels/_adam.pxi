@@ -94,6 +94,7 @@ cdef struct Storage:    # how moments are stored, and what compact forms need
     uint32_t shift
     uint32_t m_base     # EIGHT_BIT, of the chunk
     uint32_t v_base
+    Ahead ahead
 
 
 cdef inline void widen_scalars(Wide* wide, const AdamScalars* k) noexcept nogil:
@@ -138,9 +139,7 @@ cdef inline void advance_span(
         store(new_v + j * WIDTH, vi)
         denominators[j] = root(vi) + k.paired_eps
     if stored.kind == BFLOAT16:
-        for j in range(SPAN):
-            (<uint16_t*> m)[j] = m_to_bfloat16(new_m[j], stored.noise[j], stored.shift)
-            (<uint16_t*> v)[j] = v_to_bfloat16(new_v[j], stored.noise[j], stored.shift)
+        to_bfloat16(<uint16_t*> m, <uint16_t*> v, new_m, new_v, SPAN, stored.noise, stored.shift)
 
 
 cdef inline void move(float* p, floats pull, const Wide* k, bint l2) noexcept nogil:
@@ -213,7 +212,9 @@ cdef inline void update_run(
     if n >= SPAN:
         advance_span(p, g, m, v, new_m, new_v, now, &stored, &k, l2, mode)
         while n - i >= 2 * SPAN:
-            if stored.kind != FLOAT32:  # which has none
+            if stored.kind != FLOAT32:  # which has no noise, and does not look ahead
+                if mode == LIVE:
+                    fetch_ahead(&stored.ahead, i, item)
                 stored.noise += SPAN
             m += SPAN * item
             v += SPAN * item
@@ -223,6 +224,8 @@ cdef inline void update_run(
             i += SPAN
         move_span(p + i, new_m + i, new_v + i, now, s, &k, l2, mode)
         if stored.kind != FLOAT32:
+            if mode == LIVE:
+                fetch_ahead(&stored.ahead, i, item)
             stored.noise += SPAN
         m += SPAN * item
         v += SPAN * item
@@ -270,13 +273,14 @@ cdef inline void update_chunks(
     cdef float* v
     cdef float new_m[CHUNK]
     cdef float new_v[CHUNK]
-    cdef Storage stored = Storage(kind=FLOAT32, noise=NULL, shift=0, m_base=0, v_base=0)
+    cdef Storage stored
+    stored.kind, stored.noise, stored.shift, stored.m_base, stored.v_base, stored.ahead.p = FLOAT32, NULL, 0, 0, 0, NULL
     if s.kind == FLOAT32:
         m, v = <float*> s.m + start, <float*> s.v + start
         update_run(step.p + start, g, m, v, m, v, n, stored, &step.scalars, l2, mode)
         return
-    if step.next != NULL:
-        fetch_next(step.next, start, n)
+    if mode == LIVE and step.next != NULL:
+        look_ahead(&stored.ahead, step.next, start)
     stored.noise, stored.shift = step.noise, noise_at(step.scalars.noise_key, step.first_chunk + start // CHUNK)
     if s.kind == BFLOAT16:
         stored.kind = BFLOAT16

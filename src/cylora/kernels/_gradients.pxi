@@ -82,26 +82,6 @@ cdef inline Py_ssize_t size_of(int kind) noexcept nogil:
     return 4 if kind == FLOAT32 else 1 if kind == EIGHT_BIT else 2
 
 
-cdef extern from *:
-    """
-    /* Not into the first cache. Apart from the loop over chunks, which inlining would make a tenth slower. The empty statement
-       has an effect, for all that GCC knows: of what only prefetches it would leave out the calls. */
-    static __attribute__((noinline)) void cylora_fetch_runs(
-        const char *p, const char *m, const char *v, const char *g, Py_ssize_t n, Py_ssize_t item, Py_ssize_t g_item
-    ) {
-        Py_ssize_t i;
-        __asm__ volatile ("");
-        for (i = 0; i < 4 * n; i += 64) __builtin_prefetch(p + i, 0, 2);
-        for (i = 0; i < item * n; i += 64) __builtin_prefetch(m + i, 0, 2);
-        for (i = 0; i < item * n; i += 64) __builtin_prefetch(v + i, 0, 2);
-        for (i = 0; i < g_item * n; i += 64) __builtin_prefetch(g + i, 0, 2);
-    }
-    """
-    void fetch_runs "cylora_fetch_runs"(
-        const char* p, const char* m, const char* v, const char* g, Py_ssize_t n, Py_ssize_t item, Py_ssize_t g_item
-    ) noexcept nogil
-
-
 cdef const float* window(
     const Gradient* gradient, Py_ssize_t start, Py_ssize_t* n, float* room, Py_ssize_t room_size
 ) noexcept nogil:
@@ -229,18 +209,39 @@ cdef void fetch_pages(const AdamStep* step, Py_ssize_t start, Py_ssize_t stop) n
         start += PAGE
 
 
-cdef inline void fetch_next(const AdamStep* next, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
-    """Ask for elements [start, start + n) of what another step will look at soon."""
+cdef struct Ahead:  # where what another step will look at soon begins
+    const char* p
+    const char* m
+    const char* v
+    const char* g
+    Py_ssize_t g_item
+
+
+cdef inline void look_ahead(Ahead* ahead, const AdamStep* next, Py_ssize_t start) noexcept nogil:
+    """Find what ``next`` will look at from element ``start`` on."""
     cdef Py_ssize_t item = size_of(next.moments.kind), begin = start
     cdef const Piece* piece = &next.gradient.pieces[0]
-    n = min(n, next.n - start)
+    if start >= next.n:
+        return
     if begin >= piece.n and next.gradient.count > 1:
         begin -= piece.n
         piece += 1
-    fetch_runs(
-        <const char*> (next.p + start), <const char*> next.moments.m + start * item,
-        <const char*> next.moments.v + start * item, <const char*> piece.start + begin * size_of(piece.kind),
-        n, item, size_of(piece.kind))
+    ahead.g_item = size_of(piece.kind)
+    ahead.p, ahead.g = <const char*> (next.p + start), <const char*> piece.start + begin * ahead.g_item
+    ahead.m, ahead.v = <const char*> next.moments.m + start * item, <const char*> next.moments.v + start * item
+
+
+cdef inline void fetch_ahead(const Ahead* ahead, Py_ssize_t i, Py_ssize_t item) noexcept nogil:
+    """Ask for 32 elements from the i-th on, moments of ``item`` bytes: so few at a time that no request waits for another."""
+    if ahead.p == NULL:
+        return
+    fetch(ahead.p + 4 * i)
+    fetch(ahead.p + 4 * i + LINE)
+    fetch(ahead.m + item * i)
+    fetch(ahead.v + item * i)
+    fetch(ahead.g + ahead.g_item * i)
+    if ahead.g_item == 4:
+        fetch(ahead.g + 4 * i + LINE)
 
 
 cdef api void square_blocks(const AdamStep* step, Py_ssize_t first, Py_ssize_t last) noexcept nogil:

@@ -41,11 +41,31 @@ cdef extern from *:
         return (cylora_floats) bits;
     #endif
     }
-    CYLORA_INLINE uint16_t cylora_m_to_bfloat16(float m, uint32_t noise, uint32_t shift) {
-        return (uint16_t) ((cylora_bits_of(m) + ((noise + shift) & 0xffffu)) >> 16);
-    }
-    CYLORA_INLINE uint16_t cylora_v_to_bfloat16(float v, uint32_t noise, uint32_t shift) {
-        return (uint16_t) ((cylora_bits_of(v) + ((noise + shift) >> 16)) >> 16);
+    /* Moments, up to a chunk of them, as bfloat16. The AVX2 block does what the loop does, in two thirds of the instructions. */
+    CYLORA_INLINE void cylora_to_bfloat16(
+        uint16_t *m_bits, uint16_t *v_bits, const float *m, const float *v, Py_ssize_t n, const uint32_t *noise, uint32_t shift
+    ) {
+        Py_ssize_t i = 0;
+    #ifdef __AVX2__
+        const __m256i sh = _mm256_set1_epi32((int) shift), zero = _mm256_setzero_si256();
+        for (; i + 16 <= n; i += 16) {
+            __m256i tm[2], tv[2];
+            for (int j = 0; j < 2; j++) {
+                const __m256i r = _mm256_add_epi32(_mm256_loadu_si256((const __m256i *) (noise + i + 8 * j)), sh);
+                const __m256i xm = _mm256_loadu_si256((const __m256i *) (m + i + 8 * j));
+                const __m256i xv = _mm256_loadu_si256((const __m256i *) (v + i + 8 * j));
+                tm[j] = _mm256_srli_epi32(_mm256_add_epi32(xm, _mm256_blend_epi16(r, zero, 0xaa)), 16);
+                tv[j] = _mm256_srli_epi32(_mm256_add_epi32(xv, _mm256_srli_epi32(r, 16)), 16);
+            }
+            _mm256_storeu_si256((__m256i *) (m_bits + i), _mm256_permute4x64_epi64(_mm256_packus_epi32(tm[0], tm[1]), 0xd8));
+            _mm256_storeu_si256((__m256i *) (v_bits + i), _mm256_permute4x64_epi64(_mm256_packus_epi32(tv[0], tv[1]), 0xd8));
+        }
+    #endif
+        for (; i < n; i++) {
+            const uint32_t r = noise[i] + shift;
+            m_bits[i] = (uint16_t) ((cylora_bits_of(m[i]) + (r & 0xffffu)) >> 16);
+            v_bits[i] = (uint16_t) ((cylora_bits_of(v[i]) + (r >> 16)) >> 16);
+        }
     }
     """
     uint64_t mix "cylora_mix"(uint64_t x) noexcept nogil
@@ -53,8 +73,9 @@ cdef extern from *:
     void fill_noise "cylora_fill_noise"(uint32_t* noise, Py_ssize_t n, uint64_t key) noexcept nogil
     float from_bfloat16 "cylora_from_bfloat16"(uint16_t bits) noexcept nogil
     floats load_bfloat16 "cylora_load_bfloat16"(const uint16_t* x) noexcept nogil
-    uint16_t m_to_bfloat16 "cylora_m_to_bfloat16"(float m, uint32_t noise, uint32_t shift) noexcept nogil
-    uint16_t v_to_bfloat16 "cylora_v_to_bfloat16"(float v, uint32_t noise, uint32_t shift) noexcept nogil
+    void to_bfloat16 "cylora_to_bfloat16"(
+        uint16_t* m_bits, uint16_t* v_bits, const float* m, const float* v, Py_ssize_t n,
+        const uint32_t* noise, uint32_t shift) noexcept nogil
 
 
 cdef api void draw_noise(uint32_t* noise, Py_ssize_t n, uint64_t key) noexcept nogil:

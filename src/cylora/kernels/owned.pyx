@@ -9,24 +9,37 @@ from cpython.list cimport PyList_GET_ITEM
 from cpython.object cimport PyObject
 from cpython.tuple cimport PyTuple_CheckExact, PyTuple_GET_ITEM
 from cpython.unicode cimport PyUnicode_CheckExact
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free
 from cylora.kernels._fetch cimport LINE, fetch
 from cylora.kernels._fpenv cimport fp_enter, fp_leave
+from cylora.kernels._loops cimport AdamStep
 from cylora.kernels.adam cimport PreparedAdam
 from cylora.kernels.buffers cimport fetch_shape
 from cylora.kernels.task cimport Task, carry_out, expected_us
 from cylora.kernels.threads cimport close_team, finish, hand_out, open_team
 
+cdef extern from *:
+    """
+    #define cylora_claim(next, count) __atomic_fetch_add((next), (count), __ATOMIC_RELAXED)
+    """
+    int64_t claim "cylora_claim"(int64_t* next, int64_t count) noexcept nogil
+
 cdef extern from "Python.h":
     unsigned long this_thread "PyThread_get_thread_ident"()
+    bint is_tracked "PyObject_GC_IsTracked"(PyObject* one) noexcept
+    void track "PyObject_GC_Track"(PyObject* one) noexcept
+    void untrack "PyObject_GC_UnTrack"(PyObject* one) noexcept
 
 cdef enum:
-    GROUP = 64      # looked at together, carried out together, recorded together
+    GROUP = 64              # looked at together, carried out together, recorded together
+    MAX_AHEAD = 1 << 16     # parameters of a step during which another one's memory is fetched: if larger, it would be gone again
 
 cdef struct Group:      # of steps that several threads may share
     Task** tasks
-    Py_ssize_t count
+    int64_t count
+    int64_t claimed     # atomic: so many of them, or more
+    int threads
 
 cdef long long clock = 0    # of uses
 
@@ -96,6 +109,20 @@ cdef void _give_back(list held):
     held.clear()
 
 
+cdef void hide(tuple lists) noexcept:
+    """Keep the garbage collector from lists of thousands: a round's records would have it begin a dozen times, and look at each
+    object in them."""
+    for one in lists:
+        if is_tracked(<PyObject*> one):
+            untrack(<PyObject*> one)
+
+
+cdef void show(tuple lists) noexcept:
+    for one in lists:
+        if not is_tracked(<PyObject*> one):
+            track(<PyObject*> one)
+
+
 cdef inline bint is_job(object job):
     return PyTuple_CheckExact(job) and 3 <= len(<tuple> job) <= 4 and PyUnicode_CheckExact(<object> PyTuple_GET_ITEM(job, 0))
 
@@ -105,14 +132,24 @@ cdef inline Py_ssize_t place_at(list places, Py_ssize_t i):
 
 
 cdef void carry_out_some(void* context, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
-    cdef const Group* group = <const Group*> context
-    cdef Py_ssize_t i
-    for i in range(first, last):
-        # Compact moments take longer to compute than to fetch. Float32 ones do not, and two at once would only wait longer.
-        if group.tasks[i].needs_noise and i + 1 < group.count:
-            group.tasks[i].parts[0].step.next = &group.tasks[i + 1].parts[0].step
+    """Carry out one after the other of those that nobody has claimed, in as many threads as there are calls.
+
+    While there are enough for all, each claims one ahead and has its memory fetched meanwhile. For compact moments, which
+    take longer to compute than to fetch: float32 ones do not, and two at once would only wait longer.
+    """
+    cdef Group* group = <Group*> context
+    cdef int64_t i = claim(&group.claimed, 1), after
+    cdef AdamStep* step
+    while i < group.count:
+        after = group.count
+        step = &group.tasks[i].parts[0].step
+        if group.tasks[i].needs_noise and i + group.threads < group.count and group.tasks[i].n <= MAX_AHEAD:
+            after = claim(&group.claimed, 1)
+            if after < group.count:
+                step.next = &group.tasks[after].parts[0].step
         carry_out(group.tasks[i])
-        group.tasks[i].parts[0].step.next = NULL
+        step.next = NULL
+        i = after if after < group.count else claim(&group.claimed, 1)
 
 
 cdef class Round:
@@ -222,11 +259,13 @@ cdef class Round:
         Return the indices in ``held`` of the others, for which nothing was done.
         """
         cdef Py_ssize_t n = len(self.held), i
+        cdef tuple lists
         cdef bint has_team = False
         cdef double work = 0.0
         cdef uint64_t fp
         cdef Owned one
         self.adams = [None] * n
+        lists = (self.jobs, self.places, self.held, self.mine, self.adams, results)
         self.tasks = <Task**> calloc(n + 1, sizeof(Task*))
         self.of_held = <Py_ssize_t*> calloc(n + 1, sizeof(Py_ssize_t))
         try:
@@ -241,7 +280,10 @@ cdef class Round:
             fp = fp_enter()
             with nogil:
                 has_team = threads > 1 and open_team(threads, work)
+            self.group.threads = threads if has_team else 1
+            hide(lists)
             self._step_all(results, has_team)
+            show(lists)
             if has_team:
                 close_team()
             fp_leave(fp)
@@ -266,7 +308,7 @@ cdef class Round:
                 if has_team:
                     finish()
                 else:
-                    carry_out_some(&self.group, 0, self.group.count)
+                    carry_out_some(&self.group, 0, 1)
                 self._hand_out(begun, self.prepared, has_team)
             self._record(results, done, begun)
             done, begun = begun, self.prepared
@@ -274,9 +316,9 @@ cdef class Round:
             finish()
 
     cdef void _hand_out(self, Py_ssize_t first, Py_ssize_t last, bint has_team) noexcept nogil:
-        self.group = Group(tasks=self.tasks + first, count=last - first)
+        self.group.tasks, self.group.count, self.group.claimed = self.tasks + first, last - first, 0
         if has_team:
-            hand_out(carry_out_some, &self.group, self.group.count, 1)
+            hand_out(carry_out_some, &self.group, min(self.group.count, self.group.threads), 1)
 
     cdef void _prepare(self) noexcept:
         """Prepare groups until at least one step more is, or all have been looked at."""
