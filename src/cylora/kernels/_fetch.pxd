@@ -1,7 +1,7 @@
 """Ask the memory early for what is looked at soon. Without effect otherwise, whatever the address is.
 
-GCC leaves out the calls of a function that does nothing else: such a one is called through an object's table of methods,
-inlined into one that does more, or has an empty ``asm`` statement (_gradients.pxi).
+GCC leaves out the calls of a function that does nothing else: such a one is called through an object's table of methods, or
+inlined into one that does more.
 """
 
 cdef extern from *:

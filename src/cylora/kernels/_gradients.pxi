@@ -232,7 +232,10 @@ cdef inline void look_ahead(Ahead* ahead, const AdamStep* next, Py_ssize_t start
 
 
 cdef inline void fetch_ahead(const Ahead* ahead, Py_ssize_t i, Py_ssize_t item) noexcept nogil:
-    """Ask for 32 elements from the i-th on, moments of ``item`` bytes: so few at a time that no request waits for another."""
+    """Ask for 32 elements from the i-th on, so few at a time that no request waits for another.
+
+    Moments are taken to have ``item`` bytes, as this step's: of a larger kind only some lines are asked for.
+    """
     if ahead.p == NULL:
         return
     fetch(ahead.p + 4 * i)
