@@ -131,6 +131,14 @@ def test_machine_code_has_no_fused_or_estimated_arithmetic(module: str) -> None:
 
 
 @pytest.mark.parametrize("isa", variants)
+def test_machine_code_of_the_update_asks_for_memory_early(isa: str) -> None:
+    """GCC may find that a function which only prefetches has no effect, and leave its calls out."""
+    prefetch = "prefetcht0" if X86_64 else "prfm"
+    found = [name for function, name, _ in instructions(MODULES[isa]) if function.endswith("_update_blocks")]
+    assert found.count(prefetch) >= 5
+
+
+@pytest.mark.parametrize("isa", variants)
 def test_machine_code_has_the_vector_loops(isa: str) -> None:
     """-fno-math-errno or -O3 dropped: the square root would not vectorise and a step take eight times as long."""
     code = instructions(MODULES[isa])

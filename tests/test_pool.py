@@ -383,6 +383,23 @@ def test_rule_measured_rests_after_a_loss_and_tries_again(folder) -> None:
     in_a_process(folder, program)
 
 
+@pytest.mark.skipif(PROCESSORS < 2, reason="needs two processors")
+def test_rule_measured_goes_by_what_work_reports(folder) -> None:
+    """A helper that takes 6 ms longer for as much as its caller is a gain, by the account of pieces; one without use is none."""
+    program = """
+        def rests(**options):
+            if work(2, 2, 30_000, helper_pause_us=6_000, **options) != (True, 2):
+                time.sleep(0.01)
+                return None
+            return not teams.opens(2, 1e6)
+
+        sooner_or_later(lambda: rests() is False)
+        sooner_or_later(lambda: rests(reports=True) is True)
+        sooner_or_later(lambda: rests() is False)
+    """
+    in_a_process(folder, program)
+
+
 FORKS = """
     def child_of(check):
         child = os.fork()

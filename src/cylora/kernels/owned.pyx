@@ -17,7 +17,7 @@ from cylora.kernels._loops cimport AdamStep
 from cylora.kernels.adam cimport PreparedAdam
 from cylora.kernels.buffers cimport fetch_shape
 from cylora.kernels.task cimport Task, carry_out, expected_us
-from cylora.kernels.threads cimport close_team, finish, hand_out, open_team
+from cylora.kernels.threads cimport close_team, finish, hand_out, open_team, report
 
 cdef extern from *:
     """
@@ -33,13 +33,16 @@ cdef extern from "Python.h":
 
 cdef enum:
     GROUP = 64              # looked at together, carried out together, recorded together
-    MAX_AHEAD = 1 << 16     # parameters of a step during which another one's memory is fetched: if larger, it would be gone again
+    MAX_AHEAD = 1 << 16     # parameters of a step during which another one's memory is fetched: a longer one would displace it
+    APART = 128             # bytes between what different threads write
 
-cdef struct Group:      # of steps that several threads may share
+cdef struct Group:          # of steps that several threads may share
     Task** tasks
     int64_t count
-    int64_t claimed     # atomic: so many of them, or more
-    int threads
+    int threads             # that do: 1, or the team
+    char before[APART]
+    int64_t claimed         # atomic: the next that nobody has claimed; may run past ``count``
+    char after[APART]
 
 cdef long long clock = 0    # of uses
 
@@ -110,8 +113,8 @@ cdef void _give_back(list held):
 
 
 cdef void hide(tuple lists) noexcept:
-    """Keep the garbage collector from lists of thousands: a round's records would have it begin a dozen times, and look at each
-    object in them."""
+    """Keep the garbage collector from lists of thousands: a round's records have it begin a dozen times (up to CPython 3.11),
+    and it would look at each object in them."""
     for one in lists:
         if is_tracked(<PyObject*> one):
             untrack(<PyObject*> one)
@@ -132,24 +135,28 @@ cdef inline Py_ssize_t place_at(list places, Py_ssize_t i):
 
 
 cdef void carry_out_some(void* context, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
-    """Carry out one after the other of those that nobody has claimed, in as many threads as there are calls.
+    """Carry out one step after the other, as long as one is left that nobody has claimed; one call for each thread.
 
-    While there are enough for all, each claims one ahead and has its memory fetched meanwhile. For compact moments, which
-    take longer to compute than to fetch: float32 ones do not, and two at once would only wait longer.
+    While more are left than there are threads, each claims the one after, too, and has its memory fetched meanwhile (that of
+    its first part). For compact moments, which take longer to compute than to fetch: float32 ones do not, and two at once
+    would only wait longer.
     """
     cdef Group* group = <Group*> context
-    cdef int64_t i = claim(&group.claimed, 1), after
+    cdef Task** tasks = group.tasks
+    cdef int64_t count = group.count, threads = group.threads, done = 0, after, i = claim(&group.claimed, 1)
     cdef AdamStep* step
-    while i < group.count:
-        after = group.count
-        step = &group.tasks[i].parts[0].step
-        if group.tasks[i].needs_noise and i + group.threads < group.count and group.tasks[i].n <= MAX_AHEAD:
+    while i < count:
+        after = count
+        step = &tasks[i].parts[0].step
+        if tasks[i].needs_noise and i + threads < count and tasks[i].n <= MAX_AHEAD:
             after = claim(&group.claimed, 1)
-            if after < group.count:
-                step.next = &group.tasks[after].parts[0].step
-        carry_out(group.tasks[i])
+            if after < count:
+                step.next = &tasks[after].parts[0].step
+        carry_out(tasks[i])
         step.next = NULL
-        i = after if after < group.count else claim(&group.claimed, 1)
+        done += 1
+        i = after if after < count else claim(&group.claimed, 1)
+    report(done)
 
 
 cdef class Round:
@@ -260,10 +267,11 @@ cdef class Round:
         """
         cdef Py_ssize_t n = len(self.held), i
         cdef tuple lists
-        cdef bint has_team = False
+        cdef int team = 0
         cdef double work = 0.0
         cdef uint64_t fp
         cdef Owned one
+        self.prepared = self.looked_at = 0
         self.adams = [None] * n
         lists = (self.jobs, self.places, self.held, self.mine, self.adams, results)
         self.tasks = <Task**> calloc(n + 1, sizeof(Task*))
@@ -271,7 +279,6 @@ cdef class Round:
         try:
             if self.tasks == NULL or self.of_held == NULL:
                 raise MemoryError()
-            self.prepared = self.looked_at = 0
             for i in range(min(n, GROUP)):
                 one = <Owned> PyList_GET_ITEM(self.held, i)
                 work += expected_us(0 if one.adam is None else one.adam.n)
@@ -279,12 +286,15 @@ cdef class Round:
                 work *= <double> n / GROUP
             fp = fp_enter()
             with nogil:
-                has_team = threads > 1 and open_team(threads, work)
-            self.group.threads = threads if has_team else 1
-            hide(lists)
-            self._step_all(results, has_team)
-            show(lists)
-            if has_team:
+                if threads > 1:
+                    team = open_team(threads, work)
+            self.group.threads = max(team, 1)
+            if n > GROUP:
+                hide(lists)
+            self._step_all(results, team > 0)
+            if n > GROUP:
+                show(lists)
+            if team > 0:
                 close_team()
             fp_leave(fp)
             return self._end(results)

@@ -5,7 +5,7 @@ Invariants:
     wake or to arrive. A wake-up that gets lost therefore costs speed, nothing else;
 (b) a helper touches the pool's static memory alone, and the caller's only through a piece it has claimed. So processes
     exit, and interpreters end, around helpers in any state;
-(c) pieces are ranges of items that follow from ``items`` and ``grain``, never from the number of threads;
+(c) pieces are ranges of items that follow from ``items`` and ``grain`` alone;
 (d) import starts nothing. It registers what resets the pool in a forked child, where no helper is left: under the GIL, so
     outside any fork of Python's, for a fork that has begun runs no handler that is registered later.
 
@@ -73,6 +73,7 @@ cdef extern from *:
         CYLORA_APART int64_t next;      /* atomic: the first piece that nobody has claimed */
         int64_t end;
         int64_t done;                   /* atomic: pieces, of any range, that the owner of this one has finished */
+        int64_t units;                  /* that it has reported; written before `done` */
     } cylora_range;
 
     typedef struct {
@@ -82,6 +83,8 @@ cdef extern from *:
         pthread_mutex_t mutex;
         pthread_cond_t wake;
     } cylora_slot;
+
+    static __thread int64_t cylora_reported;
 
     static inline int64_t cylora_load(const int64_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
     static inline void cylora_store(int64_t *p, int64_t x) { __atomic_store_n(p, x, __ATOMIC_SEQ_CST); }
@@ -121,12 +124,14 @@ cdef extern from *:
         int64_t next
         int64_t end
         int64_t done
+        int64_t units
     ctypedef struct Slot "cylora_slot":
         int64_t ticket
         int64_t asleep
         int worker
         pthread_mutex_t mutex
         pthread_cond_t wake
+    int64_t reported "cylora_reported"
     int64_t load "cylora_load"(const int64_t*) noexcept nogil
     void store "cylora_store"(int64_t*, int64_t) noexcept nogil
     int64_t add "cylora_add"(int64_t*, int64_t) noexcept nogil
@@ -216,14 +221,22 @@ cdef inline void do_piece(Work work, void* context, Py_ssize_t items, Py_ssize_t
     work(context, first, items if items - first < grain else first + grain)
 
 
+cdef void report(int64_t units) noexcept nogil:
+    global reported
+    reported += units
+
+
 cdef int64_t take_part(Job* job, int worker) noexcept nogil:
     """Do pieces until all are claimed; return how many."""
+    global reported
     cdef int64_t piece, done = 0
     cdef int victim = worker
+    reported = 0
     for _ in range(job.workers):
         while claim(&job.ranges[victim], &piece):
             do_piece(job.work, job.context, job.items, job.grain, piece)
             done += 1
+            job.ranges[worker].units = reported
             publish(&job.ranges[worker].done, done)
         victim = victim + 1 if victim + 1 < job.workers else 0
     return done
@@ -340,13 +353,13 @@ cdef bint worthwhile(double work_us) noexcept nogil:
     return pool.started > 0 and not load(&pool.slots[1].asleep)
 
 
-cdef bint open_team(int threads, double work_us) noexcept nogil:
+cdef int open_team(int threads, double work_us) noexcept nogil:
     cdef int helpers = min(threads, MAX_WORKERS) - 1
     cdef int64_t now_rule = load(&rule)
     if helpers < 1 or now_rule == NEVER or (now_rule == MEASURED and not work_us >= AWAKE_US):
-        return False
+        return 0
     if load(&pool.taken) or swap(&pool.taken, 1):
-        return False
+        return 0
     if now_rule == MEASURED:
         if pool.processors == 0:
             pool.processors = processors()
@@ -354,18 +367,18 @@ cdef bint open_team(int threads, double work_us) noexcept nogil:
         helpers = <int> min(<double> helpers, work_us / AWAKE_US)
         if helpers < 1 or not worthwhile(work_us):
             store(&pool.taken, 0)
-            return False
+            return 0
     if pool.started < helpers:
         start_helpers(helpers)
     helpers = min(helpers, pool.started)
     if helpers < 1:
         store(&pool.taken, 0)
-        return False
+        return 0
     pool.team = helpers + 1
     store(&pool.processor, processor())
     pool.work = <int64_t> (1000.0 * min(work_us, 1e12))
     pool.gained = pool.lost = 0
-    return True
+    return pool.team
 
 
 cdef void share(Work work, void* context, Py_ssize_t items, Py_ssize_t grain) noexcept nogil:
@@ -393,7 +406,7 @@ cdef void hand_out(Work work, void* context, Py_ssize_t items, Py_ssize_t grain)
     for i in range(workers):
         job.ranges[i].next = pieces * i // workers
         job.ranges[i].end = pieces * (i + 1) // workers
-        job.ranges[i].done = 0
+        job.ranges[i].done = job.ranges[i].units = 0
     store(&job.open, pool.ticket)
     for i in range(1, workers):
         store(&pool.slots[i].ticket, pool.ticket)
@@ -404,7 +417,8 @@ cdef void hand_out(Work work, void* context, Py_ssize_t items, Py_ssize_t grain)
 
 cdef void finish() noexcept nogil:
     cdef Job* job = pool.handed_out
-    cdef int64_t pieces, done, begun, idle, finished
+    cdef int64_t pieces, done, begun, idle, finished, all_units, units
+    cdef int i
     if not pool.is_shared:
         job = &pool.alone
         pieces = 0 if job.items <= 0 else (job.items - 1) // job.grain + 1
@@ -417,8 +431,13 @@ cdef void finish() noexcept nogil:
     store(&job.open, 0)
     idle = now()
     finished = await_others(job, pieces, idle)
-    if done > 0:
-        pool.gained += (pieces - done) * (idle - begun) // done
+    all_units, units = 0, job.ranges[0].units
+    for i in range(job.workers):
+        all_units += job.ranges[i].units
+    if all_units == 0:
+        all_units, units = pieces, done
+    if units > 0:
+        pool.gained += (all_units - units) * (idle - begun) // units
     else:
         pool.gained += begun - pool.ready  # all was done while the caller did something else
     pool.lost += finished - idle + pool.ready - pool.begun

@@ -3,7 +3,7 @@
 from libc.stdint cimport int64_t, uint64_t
 from posix.unistd cimport usleep
 from cylora.kernels._fpenv cimport fp_enter, fp_leave
-from cylora.kernels.threads cimport close_team, open_team, share
+from cylora.kernels.threads cimport close_team, open_team, report, share
 
 cdef extern from *:
     """
@@ -30,6 +30,7 @@ cdef struct Notes:
     int64_t caller
     unsigned int pause_us
     unsigned int helper_pause_us
+    bint reports            # that all was done by the caller
 
 
 cdef void note(Notes* notes, int64_t* counts, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
@@ -46,6 +47,8 @@ cdef void note(Notes* notes, int64_t* counts, Py_ssize_t first, Py_ssize_t last)
         usleep(notes.pause_us)
     if notes.helper_pause_us and self_id() != notes.caller:
         usleep(notes.helper_pause_us)
+    if notes.reports and self_id() == notes.caller:
+        report(last - first)
 
 
 cdef void phase_1(void* context, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
@@ -66,12 +69,13 @@ cdef void phase_2(void* context, Py_ssize_t first, Py_ssize_t last) noexcept nog
 def work(
     int threads, double work_us, Py_ssize_t grain, int64_t[::1] first not None, int64_t[::1] second not None,
     int64_t[::1] ids not None, uint64_t[::1] states not None, unsigned int pause_us=0, bint second_phase=True,
-    unsigned int helper_pause_us=0,
+    unsigned int helper_pause_us=0, bint reports=False,
 ):
     """Do both phases in one team; return whether there was one, and how much was wrong.
 
     Without a team nothing is done. Phase 1 counts in ``first``, phase 2 in ``second``; the last to do an item writes
-    its thread and its floating-point state. Each piece takes ``pause_us`` longer, a helper's ``helper_pause_us`` more.
+    its thread and its floating-point state. Each piece takes ``pause_us`` longer, a helper's ``helper_pause_us`` more. Where it ``reports``, all is done by the
+    caller, by its own account.
     """
     cdef Notes notes
     cdef bint opened
@@ -79,6 +83,7 @@ def work(
     cdef uint64_t nowhere = 0
     notes.items, notes.grain, notes.wrong = first.shape[0], grain, 0
     notes.caller, notes.pause_us, notes.helper_pause_us = self_id(), pause_us, helper_pause_us
+    notes.reports = reports
     notes.first = &first[0] if notes.items else &nothing
     notes.second = &second[0] if notes.items else &nothing
     notes.threads = &ids[0] if notes.items else &nothing
