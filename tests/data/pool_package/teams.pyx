@@ -74,8 +74,8 @@ def work(
     """Do both phases in one team; return whether there was one, and how much was wrong.
 
     Without a team nothing is done. Phase 1 counts in ``first``, phase 2 in ``second``; the last to do an item writes
-    its thread and its floating-point state. Each piece takes ``pause_us`` longer, a helper's ``helper_pause_us`` more. Where it ``reports``, all is done by the
-    caller, by its own account.
+    its thread and its floating-point state. Each piece takes ``pause_us`` longer, a helper's ``helper_pause_us`` more.
+    Where it ``reports``, all is done by the caller, by its own account.
     """
     cdef Notes notes
     cdef bint opened
