@@ -385,7 +385,7 @@ def test_rule_measured_rests_after_a_loss_and_tries_again(folder) -> None:
 
 @pytest.mark.skipif(PROCESSORS < 2, reason="needs two processors")
 def test_rule_measured_goes_by_what_work_reports(folder) -> None:
-    """A helper that takes 6 ms longer for as much as its caller is a gain, by the account of pieces; one without use is none."""
+    """A helper that takes 6 ms longer than its caller, for as much, is a gain; one that has done nothing is a loss."""
     program = """
         def rests(**options):
             if work(2, 2, 30_000, helper_pause_us=6_000, **options) != (True, 2):
