@@ -1,8 +1,13 @@
 """AdapterStore.step_many: a round in compiled code is n calls of `step`, to the bit, whoever shares the work."""
 
 import gc
+import os
+import platform
 import random
+import shlex
+import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -475,3 +480,59 @@ def test_lists_are_hidden_from_collections_during_a_round_only(tmp_path: Path) -
         assert gc.is_tracked(results)
         del results
         assert lists() == before
+
+
+# ------------------------------------------------------------------ no memory
+
+STARVING_CALLOC = """
+#include <stddef.h>
+extern void *__libc_calloc(size_t, size_t);
+int calls_left;
+size_t wanted;
+void *calloc(size_t n, size_t size) {
+    return n == wanted && size == sizeof(void *) && calls_left-- == 0 ? NULL : __libc_calloc(n, size);
+}
+"""
+STARVED = """
+    import ctypes
+    import os
+    import sys
+    from pathlib import Path
+    from stores import gradients, make_store
+
+    library, which = ctypes.CDLL(sys.argv[1]), int(sys.argv[2])
+    store = make_store(Path("store"), room=20.5)
+    names = [str(index) for index in range(40)]
+    for name in names:
+        store.create(name)
+    for step in range(2):
+        for some in (names[:20], names[20:]):
+            store.step_many([(name, *gradients(name, step)) for name in some])
+    ctypes.c_int.in_dll(library, "calls_left").value = which
+    ctypes.c_size_t.in_dll(library, "wanted").value = 20 + 1
+    try:
+        store.step_many([(name, *gradients(name, 2)) for name in (*names[20:], *names[:20])])
+    except MemoryError:
+        print("MemoryError", sum(tenant.owner != 0 for tenant in store._memory.tenants.values()))
+    ctypes.c_size_t.in_dll(library, "wanted").value = 0
+    store.close()
+    print(ctypes.c_int.in_dll(library, "calls_left").value)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="calls the calloc of glibc")
+@pytest.mark.parametrize("which", [0, 2])  # in the first and in the second of two batches
+def test_batch_without_memory_leaves_no_owner(tmp_path: Path, which: int) -> None:
+    source, library, program = tmp_path / "starving.c", tmp_path / "starving.so", tmp_path / "starved.py"
+    source.write_text(STARVING_CALLOC)
+    subprocess.run([*shlex.split(os.environ.get("CC", "cc")), "-shared", "-fPIC", "-o", library, source], check=True)
+    program.write_text(textwrap.dedent(STARVED))
+    done = subprocess.run(
+        [sys.executable, program, library, str(which)],
+        env=os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": str(Path(__file__).parent)},
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    error, owned, left = done.stdout.split()
+    assert (error, owned) == ("MemoryError", "0")
+    assert int(left) < 0
